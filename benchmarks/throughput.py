@@ -1,0 +1,112 @@
+"""Training steps per second of a site in a federation beside stock nnUNetTrainer: same plans, data, threads, one
+process.
+
+``python benchmarks/throughput.py`` prints both and their ratio. Stock and site take turns, so that a busy machine
+slows both.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from fedcmt.algorithms.fedavg import FedAvg
+from fedcmt.config import OptimizerConfig, SiteConfig
+from fedcmt.data.phantoms import make_cohort
+from fedcmt.messages import Message, Task
+from fedcmt.nnunet.paths import nnunet_paths
+from fedcmt.nnunet.planner import FederatedPlanner
+from fedcmt.site import Site
+from fedcmt.workspace import THREADS_VARIABLE
+
+DATASET = {"Dataset901_Bench": {"kind": "brain_mr", "style": "site_a", "num_train": 8, "num_test": 1, "seed": 1}}
+PLANNING = {"mode": "architecture", "base_features": 16, "max_stages": 4, "batch_size": 2}
+SGD = OptimizerConfig("SGD", lr=1e-2, weight_decay=3e-5, momentum=0.99, schedule="poly")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10, help="steps per turn")
+    parser.add_argument("--turns", type=int, default=8, help="turns of each, after one to warm up")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    options = parser.parse_args()
+    os.environ[THREADS_VARIABLE] = str(options.threads)
+    os.environ["nnUNet_n_proc_DA"] = "0"
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_cohort(root / "raw", DATASET)
+        with nnunet_paths(root / "raw", root / "preprocessed", root / "results"):
+            _compare(root, options)
+
+
+def _compare(root: Path, options: argparse.Namespace) -> None:
+    turns = options.turns + 1
+    site, plans, payload = _site(root, options.steps, turns)
+    stock = _stock(plans, root)
+    ratios, ours, theirs = [], [], []
+    for turn in range(turns):
+        theirs.append(_time_stock(stock, options.steps))
+        answer = site.handle(Task.TRAIN, Message({"round": turn}, payload))
+        ours.append(options.steps / answer.meta["train_seconds"])
+        ratios.append(ours[-1] / theirs[-1])
+    print(
+        f"patch {plans['configurations']['3d_fullres']['patch_size']}, {options.threads} threads, {options.turns} turns"
+    )
+    print(f"stock nnUNetTrainer   {statistics.median(theirs[1:]):.3f} steps/s")
+    print(f"site in a federation  {statistics.median(ours[1:]):.3f} steps/s")
+    spread = f"{min(ratios[1:]):.3f}-{max(ratios[1:]):.3f}"
+    print(f"ratio                 {statistics.median(ratios[1:]):.3f} (median of turns, {spread})")
+
+
+def _site(root: Path, steps: int, rounds: int) -> tuple[Site, dict, dict[str, torch.Tensor]]:
+    config = SiteConfig(901, "MR", local_steps=steps, optimizer=SGD, grad_clip=12.0, val_batches=1, val_every=10**6)
+    algorithm = FedAvg()
+    site = Site("bench", config, algorithm, root / "site")
+    planner = FederatedPlanner(PLANNING, seed=0)
+    introduction = Message({"job": "bench", "seed": 0, "planning": PLANNING})
+    answer = site.handle(Task.FINGERPRINT, introduction)
+    fingerprints, modalities = {"bench": answer.meta["fingerprint"]}, {"bench": answer.meta["modality"]}
+    plans = planner.plan(fingerprints)
+    site.handle(Task.PREPARE, Message({"plans": plans["bench"], "num_rounds": rounds, "resume": False}))
+    own = next((root / "preprocessed" / "Dataset901_Bench").glob("nnUNetPlans_bench_*.json"))
+    return site, _read(own), planner.initial(plans, fingerprints, modalities, algorithm.scopes)
+
+
+def _stock(plans: dict, root: Path) -> nnUNetTrainer:
+    dataset_json = _read(root / "raw" / "Dataset901_Bench" / "dataset.json")
+    with contextlib.redirect_stdout(io.StringIO()):
+        arguments = {**copy.deepcopy(plans), "continue_training": False}
+        trainer = nnUNetTrainer(arguments, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+    return trainer
+
+
+def _time_stock(trainer: nnUNetTrainer, steps: int) -> float:
+    trainer.network.train()
+    started = time.perf_counter()
+    for _ in range(steps):
+        trainer.train_step(next(trainer.dataloader_train))
+    return steps / (time.perf_counter() - started)
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    main()

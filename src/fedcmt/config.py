@@ -1,0 +1,322 @@
+"""What a job folder says, read in one place: frozen dataclasses that reject keys nobody knows.
+
+A job folder holds ``meta.json`` (who takes part), ``server/config/config_fed_server.json`` (rounds, planning, the
+algorithm as FLARE component ``aggregator``) and, for each site, ``<site>/config/config_fed_client.json`` (the site's
+half of the algorithm) with ``site.json`` (data and local training).
+"""
+
+import importlib
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from fedcmt.algorithms.base import Algorithm
+from fedcmt.json_file import read_json
+
+SERVER_CONFIG = Path("server/config/config_fed_server.json")
+
+_T = TypeVar("_T")
+
+
+class ConfigError(ValueError):
+    """A job or its configuration is not usable; the message says where, what came and what was expected."""
+
+
+def _build(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{where}: unknown keys {unknown}; known keys: {sorted(known)}")
+    missing = [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise ConfigError(f"{where}: missing keys {missing}; known keys: {sorted(known)}")
+    return cls(**values)
+
+
+def _require(ok: bool, where: str, key: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{where}: {key} is {value!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The site's optimiser, one of torch.optim's."""
+
+    name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
+    """Class name in ``torch.optim``."""
+    lr: float = 3e-4
+    """Initial learning rate, > 0."""
+    weight_decay: float = 1e-5
+    """As torch.optim defines it for the class; >= 0."""
+    momentum: float = 0.0
+    """SGD only; above 0 with Nesterov, as nnU-Net trains (0.99)."""
+    schedule: Literal["constant", "poly"] = "constant"
+    """``poly`` is nnU-Net's (1 - step / all steps)^0.9 over all rounds."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Read and check.
+
+        Raises:
+          ConfigError: Naming the key, what came and what was expected.
+        """
+        config = _build(cls, values, where)
+        _require(config.name in ("AdamW", "Adam", "SGD"), where, "name", config.name, "AdamW, Adam or SGD")
+        _require(_is_number(config.lr) and config.lr > 0, where, "lr", config.lr, "a number above 0")
+        _require(
+            _is_number(config.weight_decay) and config.weight_decay >= 0,
+            where,
+            "weight_decay",
+            config.weight_decay,
+            ">= 0",
+        )
+        _require(
+            _is_number(config.momentum) and 0 <= config.momentum < 1, where, "momentum", config.momentum, "in [0, 1)"
+        )
+        _require(
+            config.momentum == 0 or config.name == "SGD", where, "momentum", config.momentum, f"0 for {config.name}"
+        )
+        _require(config.schedule in ("constant", "poly"), where, "schedule", config.schedule, "constant or poly")
+        return config
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """``site.json``: a site's data and local training."""
+
+    dataset_id: int
+    """nnU-Net dataset id under ``nnUNet_raw``."""
+    modality: str
+    """Sites of one modality share their group tensors, e.g. "MR" or "CT"."""
+    task: Literal["segmentation"] = "segmentation"
+    """What the site trains for."""
+    channels: list[str] | None = None
+    """Channel names the data set must have, in this order; null accepts dataset.json's."""
+    fold: int | Literal["all"] = 0
+    """nnU-Net fold: which fifth of the cases validates; "all" trains and validates on every case."""
+    local_steps: int = 250
+    """Optimiser steps per round."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    grad_clip: float = 1.0
+    """Gradients are scaled down to this 2-norm; nnU-Net itself uses 12."""
+    val_every: int = 1
+    """Validate every n-th round (and the last)."""
+    val_batches: int = 50
+    """Batches of patches per validation; the same patches each time when data loading runs in this process."""
+    mirroring: bool = True
+    """Mirror test-time augmentation when predicting whole volumes, nnU-Net's default."""
+    num_workers: int | None = None
+    """Processes that load and augment; null is nnU-Net's choice on a GPU and 0 (repeatable) on a CPU."""
+    num_processes: int = 1
+    """Processes that preprocess images; 1 works in the site's own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` uses a GPU when there is one."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Read and check.
+
+        Raises:
+          ConfigError: Naming the key, what came and what was expected.
+        """
+        values = dict(values)
+        given = values.get("optimizer", {})
+        _require(isinstance(given, Mapping), where, "optimizer", given, "an object")
+        optimizer = OptimizerConfig.from_dict(given, f"{where}: optimizer")
+        config = _build(cls, {**values, "optimizer": optimizer}, where)
+        _require(
+            _is_int(config.dataset_id) and 0 < config.dataset_id < 1000,
+            where,
+            "dataset_id",
+            config.dataset_id,
+            "1 to 999",
+        )
+        _require(
+            isinstance(config.modality, str) and config.modality.strip() != "",
+            where,
+            "modality",
+            config.modality,
+            "e.g. MR or CT",
+        )
+        _require(config.task == "segmentation", where, "task", config.task, "segmentation")
+        fold_ok = config.fold == "all" or (_is_int(config.fold) and 0 <= config.fold <= 4)
+        _require(fold_ok, where, "fold", config.fold, '0 to 4, or "all"')
+        for key, least in (("local_steps", 1), ("val_every", 1), ("val_batches", 1), ("num_processes", 1)):
+            value = getattr(config, key)
+            _require(_is_int(value) and value >= least, where, key, value, f"a whole number from {least}")
+        _require(_is_number(config.grad_clip) and config.grad_clip > 0, where, "grad_clip", config.grad_clip, "above 0")
+        _require(isinstance(config.mirroring, bool), where, "mirroring", config.mirroring, "true or false")
+        workers_ok = config.num_workers is None or (_is_int(config.num_workers) and config.num_workers >= 0)
+        _require(workers_ok, where, "num_workers", config.num_workers, "null or a whole number from 0")
+        _require(config.device in ("auto", "cpu", "cuda"), where, "device", config.device, "auto, cpu or cuda")
+        channels_ok = config.channels is None or (
+            isinstance(config.channels, list) and all(isinstance(c, str) for c in config.channels)
+        )
+        _require(channels_ok, where, "channels", config.channels, "null or a list of channel names")
+        return config
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read ``site.json``."""
+        return cls.from_dict(read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The args of the server's workflow `fedcmt.flare.server.FederatedRounds`."""
+
+    num_rounds: int
+    """Rounds to run."""
+    planning: dict = field(default_factory=dict)
+    """Keys of `fedcmt.nnunet.plans.PlanningOptions`."""
+    min_sites: int | None = None
+    """Fewer updates than this in a round end the job; null asks for every site."""
+    seed: int = 0
+    """Makes a CPU run repeatable."""
+    round_timeout: int = 3600
+    """Seconds a site may take for its part of a round; the server then goes on without it."""
+    setup_timeout: int = 86400
+    """Seconds a site may take to describe, to prepare, or to test and export: these read every image it has."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Read and check.
+
+        Raises:
+          ConfigError: Naming the key, what came and what was expected.
+        """
+        config = _build(cls, values, where)
+        _require(
+            _is_int(config.num_rounds) and config.num_rounds >= 1,
+            where,
+            "num_rounds",
+            config.num_rounds,
+            "a whole number from 1",
+        )
+        _require(isinstance(config.planning, dict), where, "planning", config.planning, "an object")
+        _require(
+            config.min_sites is None or (_is_int(config.min_sites) and config.min_sites >= 1),
+            where,
+            "min_sites",
+            config.min_sites,
+            "null or >= 1",
+        )
+        _require(_is_int(config.seed) and config.seed >= 0, where, "seed", config.seed, "a whole number from 0")
+        for key in ("round_timeout", "setup_timeout"):
+            value = getattr(config, key)
+            _require(_is_int(value) and value >= 1, where, key, value, "seconds, from 1")
+        return config
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """A whole job folder, checked.
+
+    Attributes:
+      folder: The job folder.
+      name: The job's name in meta.json.
+      server: Rounds and planning.
+      algorithm: FLARE component ``aggregator``: ``{"path": ..., "args": {...}}``.
+      sites: Site name to its configuration, in meta.json's order.
+    """
+
+    folder: Path
+    name: str
+    server: ServerConfig
+    algorithm: dict
+    sites: dict[str, SiteConfig]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read meta.json, the server's and every site's configuration.
+
+        Raises:
+          ConfigError: If something is missing, unknown or contradictory.
+        """
+        meta = read_json(folder / "meta.json")
+        _require(
+            isinstance(meta.get("name"), str), str(folder / "meta.json"), "name", meta.get("name"), "the job's name"
+        )
+        server_file = folder / SERVER_CONFIG
+        server = read_json(server_file)
+        algorithm = component(server, "aggregator", server_file)
+        sites = {}
+        for site, app in site_apps(folder).items():
+            client_file = folder / app / "config" / "config_fed_client.json"
+            theirs = component(read_json(client_file), "algorithm", client_file)
+            if theirs != algorithm:
+                raise ConfigError(f"{client_file}: algorithm {theirs} differs from the server's aggregator {algorithm}")
+            sites[site] = SiteConfig.from_file(client_file.with_name("site.json"))
+        config = ServerConfig.from_dict(workflow_args(server, server_file), str(server_file))
+        if config.min_sites is not None and config.min_sites > len(sites):
+            raise ConfigError(f"{server_file}: min_sites is {config.min_sites}, the job has {len(sites)} sites")
+        return cls(folder, meta["name"], config, algorithm, sites)
+
+
+def site_apps(folder: Path) -> dict[str, str]:
+    """Site name to its app folder, from ``meta.json``.
+
+    Raises:
+      ConfigError: If there is no site, or two sites share a folder: ``site.json`` in it is one site's.
+    """
+    where = folder / "meta.json"
+    deploy_map = read_json(where).get("deploy_map")
+    if not isinstance(deploy_map, dict):
+        raise ConfigError(f"{where}: deploy_map is {deploy_map!r}, expected app folders with their sites")
+    apps = {app: [site for site in sites if site != "server"] for app, sites in deploy_map.items()}
+    crowded = {app: sites for app, sites in apps.items() if len(sites) > 1 or "@ALL" in sites}
+    if crowded:
+        raise ConfigError(f"{where}: {crowded} share an app folder; give each site its own, with its own site.json")
+    found = {sites[0]: app for app, sites in apps.items() if sites}
+    if not found:
+        raise ConfigError(f"{where}: deploy_map names no site besides the server")
+    return found
+
+
+def workflow_args(server: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The args of the one workflow in a server configuration."""
+    workflows = server.get("workflows", [])
+    if len(workflows) != 1:
+        raise ConfigError(f"{where}: expected one workflow, found {len(workflows)}")
+    return workflows[0].setdefault("args", {})
+
+
+def component(config: Mapping[str, Any], component_id: str, where: Path) -> dict:
+    """The component of this id as ``{"path", "args"}``."""
+    for entry in config.get("components", []):
+        if entry.get("id") == component_id:
+            if "path" not in entry:
+                raise ConfigError(f"{where}: component {component_id!r} has no path")
+            return {"path": entry["path"], "args": entry.get("args", {})}
+    raise ConfigError(f"{where}: no component with id {component_id!r}")
+
+
+def build_algorithm(spec: Mapping[str, Any]) -> Algorithm:
+    """The algorithm a job names by dotted path; the path is the registry.
+
+    Raises:
+      ConfigError: If the class is not one of ours, cannot be imported, or does not take these args.
+    """
+    module_name, _, class_name = str(spec["path"]).rpartition(".")
+    if not module_name.startswith("fedcmt."):
+        raise ConfigError(f"algorithm {spec['path']!r} is outside the package fedcmt")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"algorithm {spec['path']!r}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
+        raise ConfigError(f"{spec['path']!r} is not an Algorithm (fedcmt.algorithms.base)")
+    try:
+        return cls(**spec.get("args", {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"algorithm {spec['path']!r} with args {spec.get('args', {})}: {error}") from error
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,1 @@
+"""Scores of label maps against references, and the tables that show them."""

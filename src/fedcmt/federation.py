@@ -1,0 +1,310 @@
+"""The federation, given any way to exchange messages with sites: plan, prepare, rounds, finish.
+
+The same object runs under FLARE (`fedcmt.flare.server`) and in one process (`fedcmt.inprocess`); it knows neither
+FLARE nor nnU-Net.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedcmt.algorithms.base import Algorithm, Participant, State, Update
+from fedcmt.config import ServerConfig
+from fedcmt.messages import Channel, Failure, Message, Task
+from fedcmt.models.scopes import ScopeRules
+from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors
+
+logger = logging.getLogger(__name__)
+
+
+class FederationError(RuntimeError):
+    """The job cannot go on; the message names the sites and what to look at."""
+
+
+class Planner(Protocol):
+    """The server's planning, without images: `fedcmt.nnunet.planner.FederatedPlanner`."""
+
+    def plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
+        """Site to the plans it is to install."""
+        ...
+
+    def initial(
+        self,
+        plans: Mapping[str, dict],
+        fingerprints: Mapping[str, dict],
+        modalities: Mapping[str, str],
+        rules: ScopeRules,
+    ) -> Params:
+        """Initial values of every wire tensor, seeded."""
+        ...
+
+
+class Federation:
+    """One job's server half.
+
+    Args:
+      algorithm: What is shared, and how updates are combined.
+      planner: Merges fingerprints and decides the common architecture.
+      config: Rounds, planning options, minimum of sites, seed.
+      job: The job's name.
+      folder: Where the server keeps its state; one file per kind, replaced atomically each round.
+      resume: Continue after the last round in ``folder`` instead of starting anew.
+      on_round: Called after each round with its 0-based index and the mean metrics, e.g. for TensorBoard.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        planner: Planner,
+        config: ServerConfig,
+        *,
+        job: str,
+        folder: Path,
+        resume: bool = False,
+        on_round: Callable[[int, Mapping[str, float]], None] = lambda round_idx, metrics: None,
+    ) -> None:
+        self._algorithm = algorithm
+        self._planner = planner
+        self._config = config
+        self._job = job
+        self._folder = folder
+        self._resume = resume
+        self._on_round = on_round
+
+    def run(self, channel: Channel, sites: Sequence[str]) -> dict[str, Any]:
+        """Run the whole job and return its results: what the final table shows.
+
+        Raises:
+          FederationError: If a site cannot be prepared, or too few sites answer in a round.
+        """
+        started = time.monotonic()
+        sites = sorted(sites)
+        introductions = self._ask_all(channel, Task.FINGERPRINT, {s: self._introduction() for s in sites})
+        fingerprints = {s: answer.meta["fingerprint"] for s, answer in introductions.items()}
+        modalities = {s: answer.meta["modality"] for s, answer in introductions.items()}
+        plans = self._planner.plan(fingerprints)
+        participants = self._prepare(channel, plans, modalities)
+        state, first_round = self._first_state(plans, fingerprints, participants)
+        best = self._best_so_far() if first_round else (-math.inf, None)
+        for round_idx in range(first_round, self._config.num_rounds):
+            received = state
+            state, updates = self._round(channel, round_idx, received, participants)
+            best = self._keep_best(best, round_idx, received, updates)
+            self._save_state("state", state, {"round": round_idx, "best": best})
+            self._on_round(round_idx, _mean_metrics(updates))
+        reports, failed = self._finish(channel, state, participants)
+        return {
+            "job": self._job,
+            "seed": self._config.seed,
+            "rounds": self._config.num_rounds,
+            "seconds": round(time.monotonic() - started, 1),
+            "best_round": best[1],
+            "sites": reports,
+            "failed": failed,
+        }
+
+    def _introduction(self) -> Message:
+        return Message({"job": self._job, "seed": self._config.seed, "planning": self._config.planning})
+
+    def _prepare(self, channel: Channel, plans: Mapping[str, dict], modalities: Mapping[str, str]) -> list[Participant]:
+        requests = {
+            site: Message({"plans": plan, "num_rounds": self._config.num_rounds, "resume": self._resume})
+            for site, plan in plans.items()
+        }
+        answers = self._ask_all(channel, Task.PREPARE, requests)
+        participants = [
+            Participant(
+                name=site,
+                modality=modalities[site],
+                channels=tuple(answer.meta["channels"]),
+                num_cases=answer.meta["num_cases"],
+                wire_shapes={name: tuple(shape) for name, shape in answer.meta["wire_shapes"].items()},
+            )
+            for site, answer in sorted(answers.items())
+        ]
+        _warn_of_lonely_channels(participants)
+        return participants
+
+    def _first_state(
+        self, plans: Mapping[str, dict], fingerprints: Mapping[str, dict], participants: Sequence[Participant]
+    ) -> tuple[State, int]:
+        if self._resume:
+            state, meta = self._load_state("state")
+            first_round = meta["round"] + 1
+            if first_round > self._config.num_rounds:
+                raise FederationError(
+                    f"--resume: this run has finished {first_round} rounds, not {self._config.num_rounds} or fewer"
+                )
+            logger.info("resuming after round %d of %d", first_round, self._config.num_rounds)
+        else:
+            first_round = 0
+            modalities = {site.name: site.modality for site in participants}
+            initial = self._planner.initial(plans, fingerprints, modalities, self._algorithm.scopes)
+            state = self._algorithm.init(initial, participants, self._config.num_rounds)
+        for site in participants:
+            held = {name: state.params[name] for name in site.wire_shapes if name in state.params}
+            where = f"site {site.name!r} against the server's initial model"
+            check_shapes(held, dict(site.wire_shapes), where=where)
+        return state, first_round
+
+    def _round(
+        self, channel: Channel, round_idx: int, state: State, participants: Sequence[Participant]
+    ) -> tuple[State, dict[str, Update]]:
+        """All turns of a round: the state after it, and the updates that made it."""
+        all_updates: dict[str, Update] = {}
+        all_failures: dict[str, str] = {}
+        for turn in self._algorithm.turns(round_idx, participants):
+            updates, failures = self._turn(channel, round_idx, state, turn)
+            all_updates.update(updates)
+            all_failures.update(failures)
+            if updates:
+                state = self._algorithm.aggregate(state, updates)
+        least = self._least(participants)
+        if len(all_updates) < least:
+            raise FederationError(
+                f"round {round_idx + 1}: {len(all_updates)} of {len(participants)} sites sent a usable update, "
+                f"at least {least} are needed. {_describe(all_failures)}"
+            )
+        self._log_round(round_idx, all_updates, all_failures)
+        return state, all_updates
+
+    def _turn(
+        self, channel: Channel, round_idx: int, state: State, turn: Sequence[Participant]
+    ) -> tuple[dict[str, Update], dict[str, str]]:
+        requests = {}
+        for site in turn:
+            payload = self._algorithm.payload(state, site)
+            requests[site.name] = Message({"round": round_idx}, payload.tensors, payload.extras)
+        answers = channel.exchange(Task.TRAIN, requests)
+        updates: dict[str, Update] = {}
+        failures: dict[str, str] = {}
+        for site in turn:
+            answer = answers[site.name]
+            if isinstance(answer, Failure):
+                failures[site.name] = answer.reason
+                continue
+            try:
+                updates[site.name] = _read_update(answer, site, round_idx)
+            except ParameterError as error:
+                failures[site.name] = str(error)
+                logger.warning("round %d: %s; its update is left out", round_idx + 1, error)
+        return updates, failures
+
+    def _finish(
+        self, channel: Channel, state: State, participants: Sequence[Participant]
+    ) -> tuple[dict[str, dict], dict[str, str]]:
+        """Reports of the sites that finished, and why the others did not."""
+        requests = {}
+        for site in participants:
+            payload = self._algorithm.payload(state, site) if self._algorithm.product == "received" else None
+            requests[site.name] = Message({}, payload.tensors, payload.extras) if payload else Message({})
+        answers = channel.exchange(Task.FINISH, requests)
+        failed = {site: a.reason for site, a in sorted(answers.items()) if isinstance(a, Failure)}
+        if len(answers) - len(failed) < self._least(participants):
+            raise FederationError(f"task 'finish' failed; the models of the last round are kept. {_describe(failed)}")
+        return {s: a.meta["report"] for s, a in sorted(answers.items()) if isinstance(a, Message)}, failed
+
+    def _least(self, participants: Sequence[Participant]) -> int:
+        return len(participants) if self._config.min_sites is None else self._config.min_sites
+
+    def _ask_all(self, channel: Channel, task: Task, requests: Mapping[str, Message]) -> dict[str, Message]:
+        """Exchange outside rounds, where every site is needed."""
+        answers = channel.exchange(task, requests)
+        failures = {site: a.reason for site, a in answers.items() if isinstance(a, Failure)}
+        if failures:
+            raise FederationError(f"task {task.value!r} failed. {_describe(failures)}")
+        return {site: a for site, a in answers.items() if isinstance(a, Message)}
+
+    def _keep_best(
+        self, best: tuple[float, int | None], round_idx: int, state: State, updates: Mapping[str, Update]
+    ) -> tuple[float, int | None]:
+        """Keep the state that was *received* this round if its mean validation Dice over sites is the best yet."""
+        dice = _mean_metrics(updates).get("val_dice_received")
+        if dice is None or dice <= best[0]:
+            return best
+        self._save_state("best", state, {"round": round_idx, "best": (dice, round_idx)})
+        return dice, round_idx
+
+    def _best_so_far(self) -> tuple[float, int | None]:
+        _, meta = self._load_state("state")
+        return tuple(meta["best"])
+
+    def _save_state(self, stem: str, state: State, meta: Mapping[str, Any]) -> None:
+        tensors = {f"params/{n}": t for n, t in state.params.items()} | {
+            f"memory/{n}": t for n, t in state.memory.items()
+        }
+        save_tensors(self._folder / f"{stem}.safetensors", tensors, {**meta, "job": self._job, "record": state.record})
+
+    def _load_state(self, stem: str) -> tuple[State, dict]:
+        tensors, meta = load_tensors(self._folder / f"{stem}.safetensors")
+        if meta["job"] != self._job:
+            raise FederationError(f"{self._folder}: state of job {meta['job']!r}, not of {self._job!r}")
+        parts = {
+            kind: {n.removeprefix(kind + "/"): t for n, t in tensors.items() if n.startswith(kind + "/")}
+            for kind in ("params", "memory")
+        }
+        return State(parts["params"], parts["memory"], meta["record"]), meta
+
+    def _log_round(self, round_idx: int, updates: Mapping[str, Update], failures: Mapping[str, str]) -> None:
+        means = _mean_metrics(updates)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(means.items()))
+        without = f"; without {sorted(failures)}" if failures else ""
+        logger.info(
+            "round %d/%d aggregated from %d sites: %s%s",
+            round_idx + 1,
+            self._config.num_rounds,
+            len(updates),
+            values,
+            without,
+        )
+
+
+def _read_update(answer: Message, site: Participant, round_idx: int) -> Update:
+    """The update in a site's answer.
+
+    Raises:
+      ParameterError: If it is of another round, or a tensor is missing, unknown, of another shape or not finite.
+    """
+    where = f"update of site {site.name!r}"
+    if answer.meta.get("round") != round_idx:
+        raise ParameterError(f"{where}: is of round {answer.meta.get('round')}, expected {round_idx}")
+    steps, metrics = answer.meta.get("num_steps"), answer.meta.get("metrics")
+    if not isinstance(steps, int) or steps < 1:
+        raise ParameterError(f"{where}: num_steps is {steps!r}, expected a whole number from 1")
+    if not isinstance(metrics, dict) or not all(isinstance(v, float) and math.isfinite(v) for v in metrics.values()):
+        raise ParameterError(f"{where}: metrics are {metrics!r}, expected finite numbers by name")
+    check_shapes(answer.tensors, dict(site.wire_shapes), where=where)
+    check_finite(answer.tensors, where=where)
+    check_finite(answer.extras, where=where)
+    return Update(
+        delta=answer.tensors,
+        num_cases=site.num_cases,
+        num_steps=steps,
+        metrics=metrics,
+        extras=answer.extras,
+    )
+
+
+def _warn_of_lonely_channels(participants: Sequence[Participant]) -> None:
+    """Say which channels only one of several sites of a modality has: a new sequence, or a misspelt name."""
+    for modality in sorted({p.modality for p in participants}):
+        sites = [p for p in participants if p.modality == modality]
+        for channel in sorted({channel for p in sites for channel in p.channels}):
+            names = [p.name for p in sites if channel in p.channels]
+            if len(sites) > 1 and len(names) == 1:
+                logger.warning("only site %s has %s channel %r; misspelt?", names[0], modality, channel)
+
+
+def _mean_metrics(updates: Mapping[str, Update]) -> dict[str, float]:
+    """Mean over sites of each metric that every site sent."""
+    if not updates:
+        return {}
+    common = set.intersection(*(set(update.metrics) for update in updates.values()))
+    return {name: sum(u.metrics[name] for u in updates.values()) / len(updates) for name in common}
+
+
+def _describe(failures: Mapping[str, str]) -> str:
+    return "; ".join(f"Site {site!r}: {reason}" for site, reason in sorted(failures.items()))

@@ -1,0 +1,153 @@
+"""The server's side of FLARE: a controller that carries the federation's messages."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from nvflare.apis.analytix import AnalyticsDataType
+from nvflare.apis.client import Client
+from nvflare.apis.controller_spec import ClientTask
+from nvflare.apis.controller_spec import Task as FlareTask
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.controller import Controller
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
+from nvflare.security.logging import secure_format_exception
+
+from fedcmt.algorithms.base import Algorithm
+from fedcmt.config import ServerConfig
+from fedcmt.federation import Federation, FederationError
+from fedcmt.flare.codec import decode_answer, encode, register_tensors
+from fedcmt.json_file import write_json
+from fedcmt.logs import log_for_launcher
+from fedcmt.messages import Failure, Message, Task
+from fedcmt.nnunet.planner import FederatedPlanner
+from fedcmt.workspace import is_resuming, workspace_folder
+
+_POLL_SECONDS = 0.1
+
+
+class FederatedRounds(Controller):
+    """FLARE workflow: runs the federation of `fedcmt.federation` over this job's sites.
+
+    Args:
+      num_rounds: Rounds to run.
+      planning: Keys of `fedcmt.nnunet.plans.PlanningOptions`.
+      min_sites: Fewer updates than this in a round end the job; null asks for every site.
+      seed: Makes a CPU run repeatable.
+      round_timeout: Seconds a site may take for its part of a round.
+      setup_timeout: Seconds a site may take for each task before and after the rounds.
+      aggregator_id: Id of the FLARE component that is the algorithm.
+    """
+
+    def __init__(
+        self,
+        num_rounds: int,
+        planning: dict | None = None,
+        min_sites: int | None = None,
+        seed: int = 0,
+        round_timeout: int = 3600,
+        setup_timeout: int = 86400,
+        aggregator_id: str = "aggregator",
+    ) -> None:
+        super().__init__()
+        args = {"num_rounds": num_rounds, "planning": planning or {}, "min_sites": min_sites, "seed": seed}
+        args |= {"round_timeout": round_timeout, "setup_timeout": setup_timeout}
+        self._config = ServerConfig.from_dict(args, "server workflow")
+        self._aggregator_id = aggregator_id
+        self._algorithm: Algorithm | None = None
+
+    def start_controller(self, fl_ctx: FLContext) -> None:
+        """Find the algorithm among the job's components."""
+        log_for_launcher("server")
+        register_tensors()
+        algorithm = fl_ctx.get_engine().get_component(self._aggregator_id)
+        if not isinstance(algorithm, Algorithm):
+            self.system_panic(f"component {self._aggregator_id!r} is {type(algorithm)}, expected an Algorithm", fl_ctx)
+            return
+        self._algorithm = algorithm
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
+        """Run the job; a federation that cannot go on ends it with the reason."""
+        if self._algorithm is None:
+            return
+        folder = workspace_folder(fl_ctx.get_engine().get_workspace().get_root_dir(), fl_ctx.get_job_id())
+        federation = Federation(
+            self._algorithm,
+            FederatedPlanner(self._config.planning, self._config.seed),
+            self._config,
+            job=_job_name(fl_ctx),
+            folder=folder / "server",
+            resume=is_resuming(),
+            on_round=lambda round_idx, metrics: self._report(round_idx, metrics, fl_ctx),
+        )
+        channel = _FlareChannel(self, fl_ctx, abort_signal, self._config)
+        try:
+            results = federation.run(channel, [c.name for c in fl_ctx.get_engine().get_clients()])
+        except (FederationError, ValueError, OSError) as error:
+            self.log_error(fl_ctx, secure_format_exception(error))
+            (folder / "server").mkdir(parents=True, exist_ok=True)
+            (folder / "server" / "failure.txt").write_text(str(error))
+            self.system_panic(str(error), fl_ctx)
+            return
+        write_json(folder / "server" / "results.json", results, indent=2)
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:
+        """Nothing outlives the control flow."""
+
+    def process_result_of_unknown_task(
+        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
+        """An answer after its task timed out: the round has closed without it."""
+        self.log_warning(fl_ctx, f"late answer of {client.name} to task {task_name} ignored")
+
+    def _report(self, round_idx: int, metrics: Mapping[str, float], fl_ctx: FLContext) -> None:
+        for tag, value in metrics.items():
+            dxo = create_analytic_dxo(f"mean_{tag}", value, AnalyticsDataType.SCALAR, global_step=round_idx)
+            send_analytic_dxo(self, dxo, fl_ctx)
+
+
+class _FlareChannel:
+    """One FLARE task per site and request, each with the site's own payload; all of them finite."""
+
+    def __init__(self, controller: Controller, fl_ctx: FLContext, abort_signal: Signal, config: ServerConfig) -> None:
+        self._controller = controller
+        self._fl_ctx = fl_ctx
+        self._abort = abort_signal
+        self._config = config
+
+    def exchange(self, task: Task, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
+        """Send to every site named, then wait until each task is done, failed or timed out."""
+        answers: dict[str, Message | Failure] = {}
+
+        def received(client_task: ClientTask, fl_ctx: FLContext) -> None:
+            try:
+                answers[client_task.client.name] = decode_answer(client_task.result)
+            except (KeyError, ValueError, TypeError) as error:
+                answers[client_task.client.name] = Failure(f"unreadable answer: {error}")
+            client_task.result = None
+
+        timeout = self._config.round_timeout if task is Task.TRAIN else self._config.setup_timeout
+        pending = {}
+        for site, message in messages.items():
+            flare_task = FlareTask(
+                name=task.value, data=encode(message, update=False), timeout=timeout, result_received_cb=received
+            )
+            self._controller.send(task=flare_task, fl_ctx=self._fl_ctx, targets=[site])
+            pending[site] = flare_task
+        while any(t.completion_status is None for t in pending.values()):
+            if self._abort.triggered:
+                raise FederationError(f"task {task.value!r}: the job was aborted")
+            time.sleep(_POLL_SECONDS)
+        return {site: answers.get(site, _no_answer(flare_task)) for site, flare_task in pending.items()}
+
+
+def _no_answer(flare_task: FlareTask) -> Failure:
+    return Failure(f"no answer within {flare_task.timeout} s ({flare_task.completion_status})")
+
+
+def _job_name(fl_ctx: FLContext) -> str:
+    meta: dict[str, Any] = fl_ctx.get_prop(FLContextKey.JOB_META)
+    return str(meta["name"])

@@ -1,0 +1,78 @@
+"""The site's side of FLARE: an executor that hands tasks to `fedcmt.site.Site` and carries its answers back."""
+
+import logging
+from pathlib import Path
+
+from nvflare.apis.analytix import AnalyticsDataType
+from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.signal import Signal
+from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
+
+from fedcmt.algorithms.base import Algorithm
+from fedcmt.config import SiteConfig
+from fedcmt.flare.codec import decode, encode, encode_failure, register_tensors
+from fedcmt.logs import log_for_launcher
+from fedcmt.messages import Task, failure_of
+from fedcmt.site import Site
+from fedcmt.workspace import use_assigned_gpu, workspace_folder
+
+logger = logging.getLogger(__name__)
+
+
+class SiteExecutor(Executor):
+    """FLARE executor of every task of a job.
+
+    The site's data and training are in ``site.json`` beside the client configuration.
+
+    Args:
+      algorithm_id: Id of the FLARE component that is the site's half of the algorithm.
+    """
+
+    def __init__(self, algorithm_id: str = "algorithm") -> None:
+        super().__init__()
+        self._algorithm_id = algorithm_id
+        self._site: Site | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Build the site when the job starts here; stop what it started when the job ends."""
+        if event_type == EventType.START_RUN:
+            log_for_launcher(fl_ctx.get_identity_name())
+            use_assigned_gpu(fl_ctx.get_identity_name())
+            register_tensors()
+        elif event_type == EventType.END_RUN and self._site is not None:
+            self._site.close()
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        """Do one task; a failure goes back as its kind only, since messages may name a site's files."""
+        if task_name not in set(Task):
+            return make_reply(ReturnCode.TASK_UNKNOWN)
+        try:
+            if self._site is None:
+                self._site = self._build(fl_ctx)
+            answer = self._site.handle(Task(task_name), decode(shareable), stop=lambda: abort_signal.triggered)
+            return encode(answer, update=True)
+        except Exception as error:  # noqa: BLE001 (whatever it was, it costs this site its part of the round, not the job)
+            logger.error("%s: task %s failed: %s", fl_ctx.get_identity_name(), task_name, error)
+            self.log_exception(fl_ctx, f"task {task_name} failed")
+            return encode_failure(failure_of(Task(task_name), error))
+
+    def _build(self, fl_ctx: FLContext) -> Site:
+        engine = fl_ctx.get_engine()
+        algorithm = engine.get_component(self._algorithm_id)
+        if not isinstance(algorithm, Algorithm):
+            raise TypeError(f"component {self._algorithm_id!r} is {type(algorithm)}, expected an Algorithm")
+        name, workspace = fl_ctx.get_identity_name(), engine.get_workspace()
+        config = SiteConfig.from_file(
+            Path(workspace.get_app_config_dir(fl_ctx.get_prop(FLContextKey.CURRENT_RUN))) / "site.json"
+        )
+        folder = workspace_folder(workspace.get_root_dir(), fl_ctx.get_job_id()) / "sites" / name
+
+        def report(tag: str, value: float, step: int) -> None:
+            dxo = create_analytic_dxo(tag, value, AnalyticsDataType.SCALAR, global_step=step)
+            send_analytic_dxo(self, dxo, fl_ctx)
+
+        return Site(name, config, algorithm, folder, report)

@@ -1,0 +1,52 @@
+"""What travels between server and sites, whatever carries it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from fedcmt.params import Params
+
+
+class Task(StrEnum):
+    """What the server asks of a site, in the order of a job."""
+
+    FINGERPRINT = "fingerprint"
+    PREPARE = "prepare"
+    TRAIN = "train"
+    FINISH = "finish"
+
+
+@dataclass(frozen=True)
+class Message:
+    """A request or its answer.
+
+    Attributes:
+      meta: Plain JSON values.
+      tensors: Wire name to tensor.
+      extras: Further named tensors of the algorithm.
+    """
+
+    meta: dict[str, Any]
+    tensors: Params = field(default_factory=dict)
+    extras: Params = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site's answer when it could not do a task, or gave none in time."""
+
+    reason: str
+
+
+def failure_of(task: Task, error: BaseException) -> Failure:
+    """What a site tells about an error: its kind only, since messages may name files; its own log has the rest."""
+    return Failure(f"{type(error).__name__} in task {task.value!r}, explained in the site's log")
+
+
+class Channel(Protocol):
+    """An engine: carries one message to each site named and brings back one answer for each."""
+
+    def exchange(self, task: Task, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
+        """Block until every site has answered, failed or run out of time."""
+        ...

@@ -1,0 +1,1 @@
+"""Networks nnU-Net lacks, and the rule from parameter names to scopes."""

@@ -1,0 +1,95 @@
+"""nnU-Net's networks from plans: which parameters face the input, and a federation's initial values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from fedcmt.models.scopes import Partition, ScopeRules, slot_name
+from fedcmt.nnunet.fingerprint import Fingerprint
+from fedcmt.params import Params, named_tensors, shapes
+from fedcmt.randomness import RandomStream
+
+
+def input_parameters(network: nn.Module) -> frozenset[str]:
+    """Names of the weights whose axis 1 counts input channels.
+
+    nnU-Net's architectures declare them as module paths (``keys_to_in_proj``); a path may be an alias of the name that
+    ``named_parameters`` gives.
+    """
+    paths: Sequence[str] = network.keys_to_in_proj  # type: ignore[assignment]
+    facing = {id(network.get_submodule(path).weight) for path in paths}
+    return frozenset(name for name, parameter in network.named_parameters() if id(parameter) in facing)
+
+
+def build_network(
+    plans: Mapping[str, Any], configuration: str, num_inputs: int, labels: Mapping[str, Any]
+) -> nn.Module:
+    """The network `nnUNetTrainer` would build, initialised from torch's global generator.
+
+    Args:
+      plans: nnU-Net plans.
+      configuration: E.g. "3d_fullres".
+      num_inputs: Input channels.
+      labels: ``labels`` and, for regions, ``regions_class_order`` of dataset.json.
+    """
+    manager = PlansManager(dict(plans))
+    config = manager.get_configuration(configuration)
+    heads = manager.get_label_manager(dict(labels)).num_segmentation_heads
+    return get_network_from_plans(
+        config.network_arch_class_name,
+        config.network_arch_init_kwargs,
+        config.network_arch_init_kwargs_req_import,
+        num_inputs,
+        heads,
+        allow_init=True,
+        deep_supervision=True,
+    )
+
+
+def initial_parameters(
+    plans: Mapping[str, Mapping[str, Any]],
+    fingerprints: Mapping[str, Fingerprint],
+    modalities: Mapping[str, str],
+    rules: ScopeRules,
+    *,
+    configuration: str,
+    seed: int,
+) -> Params:
+    """Initial values of every wire tensor: one adapter per modality with a slot for each channel any of its sites has.
+
+    Args:
+      plans: Site to its plans.
+      fingerprints: Site to what it sent.
+      modalities: Site to its modality.
+      rules: Parameter name to scope.
+      configuration: E.g. "3d_fullres".
+      seed: Of nnU-Net's own initialisation.
+    """
+    by_modality: dict[str, list[str]] = {}
+    for site in sorted(plans):
+        by_modality.setdefault(slot_name(modalities[site]), []).append(site)
+    initial: Params = {}
+    for modality, sites in sorted(by_modality.items()):
+        channels = _channels_of(sites, fingerprints)
+        with RandomStream(seed).active():
+            network = build_network(
+                plans[sites[0]], configuration, len(channels), fingerprints[sites[0]].dataset_json()
+            )
+        tensors = named_tensors(network)
+        partition = Partition(
+            rules, shapes(tensors), modality=modality, channels=channels, input_parameters=input_parameters(network)
+        )
+        # Shared tensors come from the first modality; those of the others would differ only in their random draw.
+        initial = partition.outgoing(tensors) | initial
+    return initial
+
+
+def _channels_of(sites: Sequence[str], fingerprints: Mapping[str, Fingerprint]) -> list[str]:
+    """The first site's channels in its order, then those that only later sites have."""
+    channels: list[str] = []
+    for site in sites:
+        channels += [c for c in fingerprints[site].channel_names if slot_name(c) not in map(slot_name, channels)]
+    return channels

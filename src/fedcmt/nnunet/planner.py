@@ -1,0 +1,42 @@
+"""The server's planning: fingerprints in, one plan per site and the initial model out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedcmt.models.scopes import ScopeRules
+from fedcmt.nnunet.fingerprint import Fingerprint
+from fedcmt.nnunet.network import initial_parameters
+from fedcmt.nnunet.plans import PlanningOptions, check_architectures_agree, plan_federation
+from fedcmt.params import Params
+from fedcmt.randomness import derive_seed
+
+
+class FederatedPlanner:
+    """nnU-Net's planner over the federation.
+
+    Args:
+      options: Keys of `PlanningOptions`.
+      seed: The job's seed; decides the initial weights.
+    """
+
+    def __init__(self, options: Mapping[str, Any], seed: int) -> None:
+        self._options = PlanningOptions.from_dict(options)
+        self._seed = seed
+
+    def plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
+        """Site to plans, all of one architecture."""
+        plans = plan_federation({s: Fingerprint.from_dict(f) for s, f in fingerprints.items()}, self._options)
+        check_architectures_agree(plans)
+        return plans
+
+    def initial(
+        self,
+        plans: Mapping[str, dict],
+        fingerprints: Mapping[str, dict],
+        modalities: Mapping[str, str],
+        rules: ScopeRules,
+    ) -> Params:
+        """Initial values of every wire tensor."""
+        read = {site: Fingerprint.from_dict(content) for site, content in fingerprints.items()}
+        seed = derive_seed(self._seed, "network")
+        return initial_parameters(plans, read, modalities, rules, configuration=self._options.configuration, seed=seed)

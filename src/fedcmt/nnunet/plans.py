@@ -1,0 +1,461 @@
+"""One architecture for a federation, decided on the server by nnU-Net's own planner from fingerprints, without images.
+
+``consensus``: the fingerprints are merged and planned once; with default options the plans are those that
+``nnUNetv2_plan_experiment`` writes for the pooled data. ``architecture``: every site is planned alone, and only the
+topology is made common; spacing, patch size, normalisation, channels and labels stay each site's own.
+"""
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncL,
+    nnUNetPlannerResEncM,
+    nnUNetPlannerResEncXL,
+)
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from fedcmt.data.checks import channel_names
+from fedcmt.json_file import write_json
+from fedcmt.nnunet.fingerprint import Fingerprint, FingerprintMismatchError, bin_policy, merge, to_nnunet
+from fedcmt.nnunet.paths import nnunet_paths
+
+logger = logging.getLogger(__name__)
+
+Plans = dict[str, Any]
+
+PLANNERS: dict[str, type[ExperimentPlanner]] = {
+    "ExperimentPlanner": ExperimentPlanner,
+    "nnUNetPlannerResEncM": nnUNetPlannerResEncM,
+    "nnUNetPlannerResEncL": nnUNetPlannerResEncL,
+    "nnUNetPlannerResEncXL": nnUNetPlannerResEncXL,
+}
+"""nnU-Net's planners by the name jobs use."""
+
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+
+_MIN_EDGE = 4  # nnU-Net's UNet_featuremap_min_edge_length
+_DATASET = "Dataset001_Federation"
+_WITHOUT_INTENSITIES = frozenset(
+    ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
+)
+
+
+@dataclass(frozen=True)
+class PlanningOptions:
+    """What a job may say about planning; the defaults are nnU-Net's.
+
+    Attributes:
+      mode: "consensus" (one data set split over sites) or "architecture" (different data, one topology).
+      planner: A name in `PLANNERS`.
+      configuration: The configuration that is trained, one of `CONFIGURATIONS`.
+      base_features: Features of the first stage; they double per stage.
+      max_features: Most features of a 3D stage (2D configurations keep nnU-Net's 512).
+      gpu_memory_gb: GPU memory to plan for in GB; None for the planner's own.
+      max_patch_size: Largest patch of the trained configuration in voxels, never exceeded, in array axis order (z, y, x
+        as nnU-Net reads images); None for the planner's.
+      batch_size: Patches per step; None for the planner's.
+      max_stages: Most resolution stages of the trained configuration; None for the planner's.
+      extra_stem_convolution: One more convolution in PlainConvUNet's first stage, so that its first block can be a
+        site's modality adapter and the shared encoder starts behind it.
+      samples_per_case: Foreground voxels a site draws per case for its fingerprint.
+      min_cases: Fewest training cases a site sends statistics of.
+    """
+
+    mode: str = "consensus"
+    planner: str = "ExperimentPlanner"
+    configuration: str = "3d_fullres"
+    base_features: int = 32
+    max_features: int = 320
+    gpu_memory_gb: float | None = None
+    max_patch_size: tuple[int, int, int] | None = None
+    batch_size: int | None = None
+    max_stages: int | None = None
+    extra_stem_convolution: bool = False
+    samples_per_case: int = 10_000
+    min_cases: int = 5
+
+    def __post_init__(self) -> None:
+        bin_policy(self.mode)
+        _check_choice("planner", self.planner, tuple(PLANNERS))
+        _check_choice("configuration", self.configuration, CONFIGURATIONS)
+        for name, least in _SMALLEST.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"planning.{name} is {value!r}, expected an integer of at least {least}")
+        if self.gpu_memory_gb is not None and not self.gpu_memory_gb > 0:
+            raise ValueError(f"planning.gpu_memory_gb is {self.gpu_memory_gb!r}, expected a positive number of GB")
+        if not isinstance(self.extra_stem_convolution, bool):
+            raise ValueError(
+                f"planning.extra_stem_convolution is {self.extra_stem_convolution!r}, expected true or false"
+            )
+        patch = self.max_patch_size
+        if patch is not None and (
+            len(patch) != 3 or any(isinstance(p, bool) or not isinstance(p, int) or p < 8 for p in patch)
+        ):
+            raise ValueError(
+                f"planning.max_patch_size is {patch!r}, expected three integers of at least 8 voxels (z, y, x)"
+            )
+        if self.extra_stem_convolution and self.planner != "ExperimentPlanner":
+            raise ValueError(
+                f"planning.extra_stem_convolution is for PlainConvUNet; {self.planner} plans a residual encoder, whose "
+                "stem is already separate. Leave it out."
+            )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "PlanningOptions":
+        """Options from a job's JSON.
+
+        Raises:
+          ValueError: If a key is unknown or a value is out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(content) - set(known))
+        if unknown:
+            raise ValueError(f"planning: unknown options {unknown}; known ones are {known}")
+        values = dict(content)
+        if isinstance(values.get("max_patch_size"), list):
+            values["max_patch_size"] = tuple(values["max_patch_size"])
+        return cls(**values)
+
+
+_SMALLEST = {
+    "base_features": 1,
+    "max_features": 1,
+    "batch_size": 1,
+    "max_stages": 2,
+    "samples_per_case": 1,
+    "min_cases": 1,
+}
+
+
+def plan_federation(fingerprints: Mapping[str, Fingerprint], options: PlanningOptions) -> dict[str, Plans]:
+    """Plans for every site, from fingerprints alone.
+
+    Args:
+      fingerprints: Site name to fingerprint.
+      options: The job's planning options.
+
+    Returns:
+      Site name to nnU-Net plans, plain JSON types, not yet localised (see `localise_plans`).
+
+    Raises:
+      ValueError: If no site, too small images, or in consensus mode different channels or labels.
+    """
+    if not fingerprints:
+        raise ValueError("planning: no site sent a fingerprint")
+    sites = sorted(fingerprints)
+    if options.mode == "architecture":
+        return _with_common_topology({site: _plan(fingerprints[site], options, site) for site in sites}, options)
+    try:
+        pooled = merge([fingerprints[site] for site in sites], sites)
+    except FingerprintMismatchError as error:
+        raise ValueError(
+            f"planning: {error}. Consensus plans need one kind of data; set planning.mode to 'architecture' to share "
+            "only the network's topology, or make the sites' dataset.json agree."
+        ) from error
+    plans = _plan(pooled, options, "the federation")
+    chosen = plans["configurations"][options.configuration]
+    _limit_stages(chosen["architecture"]["arch_kwargs"], options.max_stages)
+    _finish(chosen, options)
+    return {site: copy.deepcopy(plans) for site in sites}
+
+
+def localise_plans(
+    plans: Plans, *, site: str, job: str, dataset_name: str, dataset_json: dict, mode: str, local: dict | None
+) -> Plans:
+    """Received plans as one site uses them.
+
+    Args:
+      plans: What `plan_federation` returned for this site.
+      site: The site's name.
+      job: The job's name; with the site's it names the plans.
+      dataset_name: nnU-Net's name of the site's data set, "Dataset123_Name".
+      dataset_json: The site's dataset.json.
+      mode: The planning mode.
+      local: `to_nnunet` of the site's own fingerprint; needed in architecture mode, where the intensity properties and
+        the target spacing come from it. It may be finer than the one that was sent. None in consensus mode.
+
+    Returns:
+      A new dict. The data identifier is a hash of all that preprocessing depends on, so that equal preprocessing is
+      shared between jobs and different preprocessing is never mixed up.
+
+    Raises:
+      ValueError: If ``local`` does not fit the mode, or the plans are for another number of channels.
+    """
+    bin_policy(mode)
+    if (local is None) == (mode == "architecture"):
+        raise ValueError(
+            f"localise_plans: in {mode} mode, local must {'not ' if mode == 'architecture' else ''}be None"
+        )
+    own = copy.deepcopy(plans)
+    own["dataset_name"] = dataset_name
+    own["plans_name"] = f"nnUNetPlans_{job}_{site}"
+    own["image_reader_writer"] = determine_reader_writer_from_dataset_json(dataset_json, verbose=False).__name__
+    if local is not None:
+        own["foreground_intensity_properties_per_channel"] = copy.deepcopy(
+            local["foreground_intensity_properties_per_channel"]
+        )
+        _use_own_spacing(own, local)
+    channels = channel_names(dataset_json)
+    for name, configuration in own["configurations"].items():
+        if "inherits_from" in configuration:
+            continue  # its data are its parent's
+        _check_channels(configuration, own, channels, where=f"plans for site {site!r}, configuration {name!r}")
+        configuration["data_identifier"] = _data_identifier(own, configuration, dataset_json)
+    return own
+
+
+def check_architectures_agree(plans_by_site: Mapping[str, Plans]) -> None:
+    """Raise unless all sites' plans build the same networks, apart from input channels and classes.
+
+    Raises:
+      ValueError: Naming the first field that differs, the sites and their values.
+    """
+    networks = {site: _architecture_fields(plans) for site, plans in sorted(plans_by_site.items())}
+    for field in sorted({field for network in networks.values() for field in network}):
+        values = {site: network.get(field, "nothing") for site, network in networks.items()}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{site} has {value}" for site, value in values.items())
+            raise ValueError(
+                f"plans from another architecture: {field} differs ({listed}). Use the plans that this job's server "
+                "sent, and remove plans of earlier jobs."
+            )
+
+
+class _FromFingerprint(ExperimentPlanner):
+    """Mixin that lets one of nnU-Net's planners run without images and within the job's limits."""
+
+    options: PlanningOptions
+
+    def determine_reader_writer(self) -> type[SimpleITKIO]:
+        return SimpleITKIO
+
+    @staticmethod
+    def static_estimate_VRAM_usage(
+        patch_size: tuple[int, ...],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict,
+        arch_kwargs_req_import: tuple[str, ...],
+    ) -> int:
+        """Same number as nnU-Net's, without memory for the weights and without changing the process's thread count."""
+        with torch.device("meta"):
+            network = get_network_from_plans(
+                arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, allow_init=False
+            )
+        return network.compute_conv_feature_map_size(patch_size)
+
+    def get_plans_for_configuration(
+        self, spacing: Any, median_shape: Any, data_identifier: str, approximate_n_voxels_dataset: float, _cache: dict
+    ) -> dict:
+        def plan(shape: Any) -> dict:
+            return super(_FromFingerprint, self).get_plans_for_configuration(
+                spacing, shape, data_identifier, approximate_n_voxels_dataset, _cache
+            )
+
+        chosen = data_identifier == self.generate_data_identifier(self.options.configuration)
+        if not chosen or self.options.max_patch_size is None:
+            return plan(median_shape)
+        limit = np.array(self.options.max_patch_size)[self.determine_transpose()[0]][-len(spacing) :]
+        # nnU-Net's initial patch is at most the median shape, so a smaller one makes it plan within the limit by its
+        # own rules. It pads the patch to be divisible, which may pass the limit: then take the next multiple below.
+        while True:
+            result = plan(np.minimum(np.asarray(median_shape, dtype=float), limit))
+            patch = np.array(result["patch_size"])
+            if (patch <= limit).all():
+                result["median_image_size_in_voxels"] = median_shape
+                return result
+            divisor = np.prod(np.array(result["architecture"]["arch_kwargs"]["strides"]), axis=0)
+            limit = np.where(patch > limit, limit // divisor * divisor, limit)
+
+
+def _plan(fingerprint: Fingerprint, options: PlanningOptions, where: str) -> Plans:
+    """nnU-Net's plans for one fingerprint; no folder or variable is left behind."""
+    planner_class = PLANNERS[options.planner]
+    # The planner writes its class name into the plans, so the subclass bears the same.
+    limited = type(planner_class.__name__, (_FromFingerprint, planner_class), {"options": options})
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory(prefix="fedcmt-plan-") as folder:
+        raw, preprocessed = Path(folder, "raw"), Path(folder, "preprocessed")
+        # Named cases keep nnU-Net from searching folders for them.
+        named = {"dataset": {"none": {"images": ["none"], "label": "none"}}}
+        write_json(raw / _DATASET / "dataset.json", fingerprint.dataset_json() | named)
+        write_json(preprocessed / _DATASET / "dataset_fingerprint.json", to_nnunet(fingerprint))
+        memory = {} if options.gpu_memory_gb is None else {"gpu_memory_target_in_gb": options.gpu_memory_gb}
+        with nnunet_paths(raw, preprocessed), contextlib.redirect_stdout(log):
+            planner = limited(_DATASET, **memory)
+            planner.UNet_base_num_features = options.base_features
+            planner.UNet_max_features_3d = options.max_features
+            plans = planner.plan_experiment()
+    logger.debug("planner for %s: %s", where, log.getvalue())
+    if options.configuration not in plans["configurations"]:
+        raise ValueError(
+            f"planning: nnU-Net plans no {options.configuration} for {where}, only {sorted(plans['configurations'])}; "
+            "choose one of these as planning.configuration"
+        )
+    return json.loads(json.dumps(plans))
+
+
+def _with_common_topology(plans_by_site: dict[str, Plans], options: PlanningOptions) -> dict[str, Plans]:
+    """Architecture mode: kernels of 3 and strides of 2 everywhere, as deep as every site's patch allows."""
+    name = options.configuration
+    chosen = {site: plans["configurations"][name] for site, plans in plans_by_site.items()}
+    limits = {site: _transposed_limit(plans, options) for site, plans in plans_by_site.items()}
+    deepest = max((c["architecture"] for c in chosen.values()), key=lambda a: a["arch_kwargs"]["n_stages"])
+    most = min(deepest["arch_kwargs"]["n_stages"], options.max_stages or deepest["arch_kwargs"]["n_stages"])
+    stages = most
+    while stages > 1 and not all(_fits(c["patch_size"], limits[site], stages) for site, c in chosen.items()):
+        stages -= 1
+    if stages < 2:
+        smallest = {site: c["patch_size"] for site, c in chosen.items() if not _fits(c["patch_size"], limits[site], 2)}
+        raise ValueError(
+            f"planning: patches {smallest} are too small for a U-Net of two stages; it needs {2 * _MIN_EDGE - 1} "
+            "voxels or more on every axis. Leave the site out."
+        )
+    dimension = len(next(iter(chosen.values()))["patch_size"])
+    architecture = copy.deepcopy(deepest)
+    _limit_stages(architecture["arch_kwargs"], stages)
+    architecture["arch_kwargs"]["kernel_sizes"] = [[3] * dimension for _ in range(stages)]
+    architecture["arch_kwargs"]["strides"] = [[1 if stage == 0 else 2] * dimension for stage in range(stages)]
+    for site, configuration in chosen.items():
+        configuration["architecture"] = copy.deepcopy(architecture)
+        configuration["patch_size"] = [
+            _divisible(p, limit, stages) for p, limit in zip(configuration["patch_size"], limits[site], strict=True)
+        ]
+        _finish(configuration, options)
+        plans_by_site[site]["configurations"] = {name: configuration}
+    return plans_by_site
+
+
+def _transposed_limit(plans: Plans, options: PlanningOptions) -> Sequence[int | None]:
+    dimension = len(plans["configurations"][options.configuration]["patch_size"])
+    if options.max_patch_size is None:
+        return [None] * dimension
+    return [options.max_patch_size[axis] for axis in plans["transpose_forward"]][-dimension:]
+
+
+def _fits(patch: Sequence[int], limits: Sequence[int | None], stages: int) -> bool:
+    """Whether the patch, rounded up to be divisible, keeps nnU-Net's smallest feature map on every axis."""
+    multiple = 2 ** (stages - 1)
+    return all(
+        -(-p // multiple) >= _MIN_EDGE and (limit is None or limit // multiple >= _MIN_EDGE)
+        for p, limit in zip(patch, limits, strict=True)
+    )
+
+
+def _divisible(length: int, limit: int | None, stages: int) -> int:
+    """The nearest multiple of 2^(stages-1), the larger of two; at least 4 voxels in the lowest stage; within the limit.
+
+    Nearest, not next: the batch size and the memory were planned for the local patch.
+    """
+    multiple = 2 ** (stages - 1)
+    edge = max(_MIN_EDGE, (2 * length + multiple) // (2 * multiple))
+    return multiple * (edge if limit is None else min(edge, limit // multiple))
+
+
+def _limit_stages(arch_kwargs: dict[str, Any], stages: int | None) -> None:
+    """Keep the first stages; the lowest then has kernels of 3 on all axes, as nnU-Net's always has."""
+    if stages is None or stages >= arch_kwargs["n_stages"]:
+        return
+    arch_kwargs["n_stages"] = stages
+    for field in ("features_per_stage", "kernel_sizes", "strides", _convolutions(arch_kwargs)):
+        arch_kwargs[field] = arch_kwargs[field][:stages]
+    arch_kwargs["n_conv_per_stage_decoder"] = arch_kwargs["n_conv_per_stage_decoder"][: stages - 1]
+    arch_kwargs["kernel_sizes"][-1] = [3] * len(arch_kwargs["kernel_sizes"][-1])
+
+
+def _finish(configuration: dict[str, Any], options: PlanningOptions) -> None:
+    if options.batch_size is not None:
+        configuration["batch_size"] = options.batch_size
+    if options.extra_stem_convolution:
+        arch_kwargs = configuration["architecture"]["arch_kwargs"]
+        arch_kwargs[_convolutions(arch_kwargs)][0] += 1
+
+
+def _architecture_fields(plans: Plans) -> dict[str, str]:
+    """Everything that decides the networks, as JSON, so that a list and a tuple are the same."""
+    return {
+        f"{name}.{field}": json.dumps(value, sort_keys=True)
+        for name, configuration in plans["configurations"].items()
+        if "architecture" in configuration
+        for field, value in {
+            "network_class_name": configuration["architecture"]["network_class_name"],
+            **configuration["architecture"]["arch_kwargs"],
+        }.items()
+    }
+
+
+def _convolutions(arch_kwargs: Mapping[str, Any]) -> str:
+    return "n_conv_per_stage" if "n_conv_per_stage" in arch_kwargs else "n_blocks_per_stage"
+
+
+def _use_own_spacing(plans: Plans, local: Mapping[str, Any]) -> None:
+    """Replace the 3d_fullres target spacing by nnU-Net's rule on the site's own fingerprint, in the plans' axis order.
+
+    Plans made from wide bins would resample every image a little, for nothing.
+    """
+    rule = SimpleNamespace(
+        dataset_fingerprint=local, overwrite_target_spacing=None, anisotropy_threshold=ANISO_THRESHOLD
+    )
+    spacing = ExperimentPlanner.determine_fullres_target_spacing(rule)[plans["transpose_forward"]]
+    for name, configuration in plans["configurations"].items():
+        if name in ("2d", "3d_fullres"):
+            configuration["spacing"] = [float(s) for s in spacing][-len(configuration["patch_size"]) :]
+
+
+def _check_channels(configuration: Mapping[str, Any], plans: Plans, channels: Sequence[str], *, where: str) -> None:
+    lists = {field: len(configuration[field]) for field in ("normalization_schemes", "use_mask_for_norm")}
+    lists["foreground_intensity_properties_per_channel"] = len(plans["foreground_intensity_properties_per_channel"])
+    wrong = {field: count for field, count in lists.items() if count != len(channels)}
+    if wrong:
+        raise ValueError(
+            f"{where}: entries per channel are {wrong}, but dataset.json names {len(channels)} channels "
+            f"{list(channels)}. The plans are for other data; plan again."
+        )
+
+
+def _data_identifier(plans: Plans, configuration: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> str:
+    used = (
+        *("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name"),
+        *("resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs"),
+    )
+    properties = plans["foreground_intensity_properties_per_channel"]
+    content = {
+        **{field: configuration[field] for field in used},
+        "transpose_forward": plans["transpose_forward"],
+        "image_reader_writer": plans["image_reader_writer"],
+        # Schemes that normalise each image by itself do not depend on the data set; one we do not know might.
+        "intensities": {
+            str(i): properties[str(i)]
+            for i, scheme in enumerate(configuration["normalization_schemes"])
+            if scheme not in _WITHOUT_INTENSITIES
+        },
+        # nnU-Net stores where each class lies with the images.
+        "labels": list(dataset_json["labels"].items()),
+        "regions_class_order": dataset_json.get("regions_class_order"),
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"fedcmt_{digest[:10]}"
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"planning.{name} is {value!r}, expected one of {list(known)}")

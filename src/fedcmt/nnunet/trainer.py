@@ -1,0 +1,214 @@
+"""nnU-Net's trainer, driven step by step: built once, loaders alive for the whole job.
+
+Stock `nnUNetTrainer` runs epochs and writes plots and checkpoints at their ends. A federation needs the pieces
+between: load tensors in place, take n steps, validate. Network, augmentation, losses, deep supervision and mixed
+precision are nnU-Net's own.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler
+
+from fedcmt.config import OptimizerConfig
+from fedcmt.params import Params
+from fedcmt.randomness import RandomStream
+
+logger = logging.getLogger(__name__)
+
+LossHook = Callable[[Tensor, nn.Module, Mapping[str, Any], Any], Tensor]
+"""(nnU-Net's loss, network, batch, output) -> loss to minimise."""
+
+
+class SiteTrainer(nnUNetTrainer):
+    """One site's trainer for the length of a job; make it with `build_trainer`.
+
+    Attributes:
+      steps_done: Optimiser steps taken since the job began; the learning-rate schedule's clock.
+    """
+
+    optimizer_config: OptimizerConfig
+    grad_clip: float
+    total_steps: int
+    validation_seed: int
+    steps_done: int = 0
+    loss_hook: LossHook | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The network itself, also when it is compiled: its parameter names are the ones on the wire."""
+        network = getattr(self.network, "_orig_mod", self.network)
+        assert isinstance(network, nn.Module), "start() has not been called"
+        return network
+
+    def start(self) -> None:
+        """Build network, optimiser, loss and loaders; stock ``on_train_start`` without its copies and plots."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.initialize()
+            self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        """The site's optimiser and schedule instead of nnU-Net's SGD."""
+        config = self.optimizer_config
+        kwargs: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+        if config.name == "SGD":
+            kwargs |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
+        optimizer = getattr(torch.optim, config.name)(self.network.parameters(), **kwargs)
+        if config.schedule == "poly":
+            return optimizer, PolyLRScheduler(optimizer, config.lr, self.total_steps)
+        return optimizer, ConstantLR(optimizer, factor=1.0)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def train_steps(
+        self, num_steps: int, hook: LossHook | None, on_step: Callable[[int, float], None] = lambda step, loss: None
+    ) -> float:
+        """Take optimiser steps and return the mean loss; ``on_step`` gets the 1-based step and its loss."""
+        self.network.train()
+        self.loss_hook = hook
+        losses = []
+        for step in range(1, num_steps + 1):
+            if isinstance(self.lr_scheduler, PolyLRScheduler):
+                # Clamped: beyond the last step the base is negative and its power complex.
+                self.lr_scheduler.step(min(self.steps_done, self.total_steps - 1))
+            loss = float(self.train_step(next(self.dataloader_train))["loss"])
+            self.steps_done += 1
+            losses.append(loss)
+            on_step(step, loss)
+        self.loss_hook = None
+        return float(np.mean(losses))
+
+    def train_step(self, batch: dict) -> dict:
+        """Stock train_step with the algorithm's loss term and the job's gradient clipping."""
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"]
+        target = (
+            [t.to(self.device, non_blocking=True) for t in target]
+            if isinstance(target, list)
+            else target.to(self.device)
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
+            output = self.network(data)
+            loss = self.loss(output, target)
+            if self.loss_hook is not None:
+                loss = self.loss_hook(loss, self.module, {**batch, "data": data, "target": target}, output)
+        self._backward(loss)
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.grad_scaler is None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+            self.optimizer.step()
+            return
+        self.grad_scaler.scale(loss).backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    @torch.no_grad()
+    def validate(self, num_batches: int) -> float:
+        """Mean pseudo-Dice in [0, 1] over labels or regions on patches of the validation cases.
+
+        Without loader processes the patches are the same at each call, so that rounds compare; training's random
+        numbers are left alone. A label absent from reference and prediction counts as 1, as in
+        `fedcmt.evaluation.metrics`.
+        """
+        self.network.eval()
+        with RandomStream(self.validation_seed).active():
+            outputs = [self.validation_step(next(self.dataloader_val)) for _ in range(num_batches)]
+        tp, fp, fn = (np.sum([o[key] for o in outputs], axis=0) for key in ("tp_hard", "fp_hard", "fn_hard"))
+        denominator = 2 * tp + fp + fn
+        return float(np.mean(np.where(denominator > 0, 2 * tp / np.maximum(denominator, 1), 1.0)))
+
+    def validation_cases(self) -> tuple[list[str], list[str]]:
+        """Case ids of the training and of the validation split."""
+        train, validation = self.do_split()
+        return list(train), list(validation)
+
+    def export_state(self) -> tuple[Params, dict[str, Any]]:
+        """Optimiser state as named tensors and plain values, for `load_state`."""
+        state = self.optimizer.state_dict()
+        tensors: Params = {}
+        for index, values in state["state"].items():
+            tensors |= {f"{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+        scaler = None if self.grad_scaler is None else self.grad_scaler.state_dict()
+        return tensors, {"steps_done": self.steps_done, "groups": state["param_groups"], "scaler": scaler}
+
+    def load_state(self, tensors: Params, plain: Mapping[str, Any]) -> None:
+        """Continue where `export_state` was called."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
+        if self.grad_scaler is not None and plain["scaler"] is not None:
+            self.grad_scaler.load_state_dict(plain["scaler"])
+        self.steps_done = int(plain["steps_done"])
+
+    def close(self) -> None:
+        """Stop the loader processes, if any; they would outlive this one."""
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if isinstance(loader, NonDetMultiThreadedAugmenter):
+                loader._finish()
+
+    def print_to_log_file(self, *args: object, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """nnU-Net's messages go to the log, not to a file of their own."""
+        logger.debug(" ".join(str(a) for a in args).strip())
+
+
+def build_trainer(
+    plans: Mapping[str, Any],
+    dataset_json: Mapping[str, Any],
+    *,
+    configuration: str,
+    fold: int | str,
+    device: torch.device,
+    optimizer: OptimizerConfig,
+    grad_clip: float,
+    total_steps: int,
+    seed: int,
+) -> SiteTrainer:
+    """A started trainer with a network initialised from ``seed``.
+
+    Args:
+      plans: The site's installed plans.
+      dataset_json: The site's dataset.json.
+      configuration: E.g. "3d_fullres".
+      fold: 0 to 4, or "all".
+      device: Where to train; CUDA trains with mixed precision.
+      optimizer: Optimiser and schedule.
+      grad_clip: Largest 2-norm of the gradient.
+      total_steps: Local steps of the whole job, for the schedule.
+      seed: Of the network's initial values and of the validation patches.
+    """
+    # The constructor pops this key from the dict it is given (nnU-Net 2.8.1).
+    own_plans = {**deepcopy(dict(plans)), "continue_training": False}
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = SiteTrainer(own_plans, configuration, fold, deepcopy(dict(dataset_json)), device)
+    # With two stages there is one output, to which nnU-Net's deep supervision gives the weight 0 / 0 (2.8.1).
+    stages = plans["configurations"][configuration]["architecture"]["arch_kwargs"]["n_stages"]
+    trainer.enable_deep_supervision = stages > 2
+    trainer.optimizer_config = optimizer
+    trainer.grad_clip = grad_clip
+    trainer.total_steps = total_steps
+    trainer.validation_seed = seed
+    torch.manual_seed(seed)
+    trainer.start()
+    return trainer

@@ -1,0 +1,168 @@
+"""Named tensors: reading them from a network, copying them back, comparing, checking and storing them.
+
+Names come from ``named_parameters()``, never from ``state_dict()``: nnU-Net's decoder keeps a reference to the
+encoder, so a state_dict holds every encoder tensor four times, and a strict load of a merged one silently keeps the
+old encoder.
+"""
+
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+
+_META_KEY = "fedcmt"
+
+
+class ParameterError(ValueError):
+    """Tensors whose names, shapes or values are not what the receiver holds."""
+
+
+def named_tensors(network: nn.Module) -> Params:
+    """The network's parameters by their one canonical name, as detached views (no copy).
+
+    Raises:
+      ParameterError: If the network has buffers such as running statistics: who averages those is undefined here.
+    """
+    buffers = [name for name, _ in network.named_buffers()]
+    if buffers:
+        raise ParameterError(
+            f"network {type(network).__name__} has buffers {_shorten(buffers)}; only parameters are federated. "
+            "Use instance or group normalisation without running statistics."
+        )
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def snapshot(network: nn.Module) -> Params:
+    """Independent copies of the network's parameters on the CPU."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in named_tensors(network).items()}
+
+
+@torch.no_grad()
+def copy_into(network: nn.Module, tensors: Mapping[str, Tensor], *, where: str = "copy_into") -> None:
+    """Copy tensors into the network's parameters of the same names, in place.
+
+    In place keeps each ``Parameter`` object, so optimiser state (momentum, Adam moments) stays attached to it.
+
+    Raises:
+      ParameterError: If a name is unknown or a shape differs. Nothing is written then.
+    """
+    own = dict(network.named_parameters())
+    check_shapes(tensors, {name: tuple(p.shape) for name, p in own.items() if name in tensors}, where=where)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def delta(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> Params:
+    """``trained - received``; both must hold the same names and shapes."""
+    check_shapes(trained, shapes(received), where="delta")
+    return {name: trained[name] - received[name] for name in trained}
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """L2 norm over all elements of all tensors."""
+    return math.sqrt(sum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors.values()))
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name to shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_names(got: Collection[str], expected: Collection[str], *, where: str) -> None:
+    """Raise `ParameterError` naming what is missing and what is unknown."""
+    missing, unknown = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
+    if missing or unknown:
+        raise ParameterError(
+            f"{where}: {len(missing)} parameters missing {_shorten(missing)}, {len(unknown)} unknown "
+            f"{_shorten(unknown)}. "
+            "Both ends must use the same plans and the same scope rules."
+        )
+
+
+def check_shapes(got: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, where: str) -> None:
+    """Raise `ParameterError` if names or shapes differ; nothing is ever reshaped to fit."""
+    check_names(got, expected, where=where)
+    wrong = [f"{n} {tuple(t.shape)} instead of {tuple(expected[n])}" for n, t in got.items() if t.shape != expected[n]]
+    if wrong:
+        raise ParameterError(f"{where}: {len(wrong)} tensors have another shape: {_shorten(wrong)}.")
+
+
+def check_finite(tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise `ParameterError` naming the tensors that hold NaN or infinity, or no floating-point numbers at all."""
+    integers = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if integers:
+        raise ParameterError(f"{where}: {len(integers)} tensors are not floating point: {_shorten(integers)}.")
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise ParameterError(f"{where}: {len(bad)} tensors are not finite: {_shorten(bad)}.")
+
+
+def serialized_size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Bytes of the tensors alone, and of their safetensors form with its header, without writing it."""
+    offset, header = 0, {}
+    # safetensors' own order: widest type first, then by name.
+    for name in sorted(tensors, key=lambda n: (-_SAFETENSORS_ORDER.index(tensors[n].dtype), n)):
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = _SAFETENSORS_DTYPE[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    head = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return offset, 8 + (head + 7) // 8 * 8 + offset
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
+    """Write tensors and plain values as one safetensors file, atomically: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    plain: Params = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().to("cpu").contiguous()
+        # safetensors refuses two names for one memory, e.g. a buffer that starts as the parameter itself.
+        plain[name] = own.clone() if own.untyped_storage().data_ptr() in seen else own
+        seen.add(own.untyped_storage().data_ptr())
+    save_file(plain, temporary, metadata={_META_KEY: json.dumps(meta)})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_tensors(path: Path) -> tuple[Params, dict]:
+    """Read what `save_tensors` wrote: tensors on the CPU and the plain values.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      ParameterError: If the file is not one of ours or is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such state file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, json.loads(metadata[_META_KEY])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ParameterError(
+            f"{path}: not a readable state file ({error}). Remove it or restore an earlier one."
+        ) from error
+
+
+_SAFETENSORS_DTYPE = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+}  # fmt: skip
+_SAFETENSORS_ORDER = list(_SAFETENSORS_DTYPE)
+
+
+def _shorten(names: Collection[str], limit: int = 4) -> str:
+    names = list(names)
+    return "[" + ", ".join(names[:limit]) + (f", … {len(names) - limit} more]" if len(names) > limit else "]")

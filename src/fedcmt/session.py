@@ -1,0 +1,264 @@
+"""A prepared site: its trainer, what of its network travels, and the models it keeps on disk."""
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedcmt.algorithms.base import Algorithm, LocalStep
+from fedcmt.config import SiteConfig
+from fedcmt.data.checks import list_cases
+from fedcmt.evaluation.metrics import evaluate_folder, write_scores
+from fedcmt.messages import Message
+from fedcmt.models.scopes import Partition
+from fedcmt.nnunet.export import export_model_folder, model_folder
+from fedcmt.nnunet.network import input_parameters
+from fedcmt.nnunet.paths import nnunet_paths
+from fedcmt.nnunet.predict import predict_folder
+from fedcmt.nnunet.trainer import build_trainer
+from fedcmt.params import Params, copy_into, delta, load_tensors, save_tensors, shapes, snapshot
+from fedcmt.progress import Progress
+from fedcmt.randomness import RandomStream, derive_seed
+
+logger = logging.getLogger(__name__)
+
+_LAST = "last.safetensors"
+_BEST = "best.safetensors"
+
+Reporter = Callable[[str, float, int], None]
+"""(tag, value, round): one point of a TensorBoard curve."""
+
+
+class DivergedError(RuntimeError):
+    """A round's training gave numbers that are not finite; the site went back to the model of the round before."""
+
+
+class Aborted(RuntimeError):
+    """The engine asked the site to stop."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All a session is built from, as stored in ``prepared.json``.
+
+    Attributes:
+      plans: The site's localised nnU-Net plans.
+      dataset_json: The site's dataset.json.
+      configuration: E.g. "3d_fullres".
+      seed: The job's.
+      num_rounds: The job's.
+    """
+
+    plans: dict[str, Any]
+    dataset_json: dict[str, Any]
+    configuration: str
+    seed: int
+    num_rounds: int
+
+
+class Session:
+    """A prepared site: trainer, partition, random stream, and the models it keeps."""
+
+    def __init__(self, name: str, config: SiteConfig, algorithm: Algorithm, folder: Path, prepared: Prepared) -> None:
+        self._name = name
+        self._config = config
+        self._algorithm = algorithm
+        self._folder = folder
+        self._prepared = prepared
+        self._random = RandomStream(derive_seed(prepared.seed, "site", name))
+        with nnunet_paths(results=folder / "trainer"), self._random.active():
+            self.trainer = build_trainer(
+                prepared.plans,
+                prepared.dataset_json,
+                configuration=prepared.configuration,
+                fold=config.fold,
+                device=site_device(config),
+                optimizer=config.optimizer,
+                grad_clip=config.grad_clip,
+                total_steps=config.local_steps * prepared.num_rounds,
+                seed=derive_seed(prepared.seed, "network"),
+            )
+        names = prepared.dataset_json["channel_names"]
+        self.channels = [names[str(c)] for c in range(len(names))]
+        self.partition = Partition(
+            algorithm.scopes,
+            shapes(snapshot(self.trainer.module)),
+            modality=config.modality,
+            channels=self.channels,
+            input_parameters=input_parameters(self.trainer.module),
+        )
+        self._best_dice = -1.0
+        if (folder / _LAST).exists():
+            self._restore()
+            logger.info("%s: continuing from %s", name, folder)
+        else:
+            self._save_last(-1)
+
+    def train_round(self, message: Message, report: Reporter, stop: Callable[[], bool]) -> Message:
+        """One round: load what was received, validate it, train, validate again, keep, and return the delta.
+
+        Raises:
+          DivergedError: If the loss is not finite.
+          Aborted: If the engine asked for it.
+          ParameterError: If the payload is not what this site exchanges.
+        """
+        round_idx = message.meta["round"]
+        try:
+            with self._random.active():
+                metrics, seconds = self._train(message, round_idx, stop)
+        except BaseException:
+            self._restore()  # or half a round would stay in the personal part and in the optimiser
+            raise
+        self._save_last(round_idx)
+        for tag, value in {**metrics, "learning_rate": self.trainer.learning_rate}.items():
+            report(tag, value, round_idx)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        logger.info("%s: round %d: %s", self._name, round_idx + 1, values)
+        meta = {"round": round_idx, "num_steps": self._config.local_steps, "metrics": metrics, "train_seconds": seconds}
+        update = delta(self.partition.outgoing(snapshot(self.trainer.module)), message.tensors)
+        return Message(meta, update, self._algorithm.local_extras(self.trainer.module))
+
+    def _train(self, message: Message, round_idx: int, stop: Callable[[], bool]) -> tuple[dict[str, float], float]:
+        """Metrics of a round and the seconds its steps took."""
+        received = self._receive(message)
+        metrics = self._validate("received", round_idx)
+        hook, on_step = self._hook(received, message.extras, round_idx), self._on_step(round_idx, stop)
+        started = time.monotonic()
+        loss = self.trainer.train_steps(self._config.local_steps, hook, on_step)
+        seconds = time.monotonic() - started
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"{self._name}: the loss of round {round_idx + 1} is not finite; the last good model is kept. "
+                "Lower optimizer.lr or grad_clip."
+            )
+        return metrics | self._validate("trained", round_idx) | {"loss": loss}, seconds
+
+    def finish(self, message: Message, dataset: Path, results: Path) -> dict[str, Any]:
+        """Validate and test on whole volumes, and export the stock model folder."""
+        if message.tensors:
+            with self._random.active():
+                self._receive(message)
+                self._validate("received", self._prepared.num_rounds)
+        plans, dataset_json = self._prepared.plans, self._prepared.dataset_json
+        final = snapshot(self.trainer.module)
+        best_file = self._folder / _BEST
+        best = load_tensors(best_file)[0] if best_file.exists() else final
+        folder = export_model_folder(
+            model_folder(results, plans, self._prepared.configuration),
+            plans=plans,
+            dataset_json=dataset_json,
+            configuration=self._prepared.configuration,
+            mirroring_axes=self.trainer.inference_allowed_mirroring_axes,
+            checkpoints={"final": final, "best": best},
+        )
+        validation = None
+        if self._config.fold != "all":
+            validation = self._evaluate(folder, dataset, "Tr", self.trainer.validation_cases()[1])
+        test_cases = (
+            list(list_cases(dataset, dataset_json, images="imagesTs")) if (dataset / "labelsTs").is_dir() else []
+        )
+        test = self._evaluate(folder, dataset, "Ts", test_cases) if test_cases else None
+        return {
+            "task": self._config.task,
+            "dataset": dataset.name,
+            "model_folder": str(folder.relative_to(results)),
+            "steps": self.trainer.steps_done,
+            "validation": validation,
+            "test": test,
+        }
+
+    def _evaluate(self, model_folder: Path, dataset: Path, split: str, cases: list[str]) -> dict[str, Any]:
+        """Segment whole volumes as `Inference.py` does, and score them; per-case rows stay at the site."""
+        dataset_json = self._prepared.dataset_json
+        ending = dataset_json["file_ending"]
+        files = list_cases(dataset, dataset_json, images=f"images{split}")
+        output = model_folder / "predictions" / f"images{split}"
+        with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
+            images, labels = Path(temporary, "images"), Path(temporary, "labels")
+            images.mkdir()
+            labels.mkdir()
+            for case in cases:
+                for file in files[case]:
+                    (images / file.name).symlink_to(file.resolve())
+                (labels / (case + ending)).symlink_to((dataset / f"labels{split}" / (case + ending)).resolve())
+            progress = Progress(f"{self._name}: predicting images{split}", logger)
+            predict_folder(
+                model_folder,
+                images,
+                output,
+                device=site_device(self._config),
+                mirroring=self._config.mirroring,
+                progress=progress.update,
+            )
+            scores = evaluate_folder(output, labels, dataset_json, ending)
+        write_scores(scores, output)
+        return scores.summary()
+
+    def _receive(self, message: Message) -> Params:
+        """Copy a payload into the network; returns it by parameter name on the network's device."""
+        tensors = self.partition.incoming(message.tensors)
+        copy_into(self.trainer.module, tensors, where=f"site {self._name!r}")
+        return {name: tensor.to(self.trainer.device) for name, tensor in tensors.items()}
+
+    def _hook(self, received: Params, extras: Params, round_idx: int) -> Any:
+        def hook(loss: torch.Tensor, network: torch.nn.Module, batch: Mapping[str, Any], output: Any) -> torch.Tensor:
+            return self._algorithm.local_loss(loss, LocalStep(network, batch, output, received, extras, round_idx))
+
+        return hook
+
+    def _validate(self, which: str, round_idx: int) -> dict[str, float]:
+        """Validate now if it is this round's turn, and keep the best of the models the algorithm ends with."""
+        last = round_idx >= self._prepared.num_rounds - 1
+        if not last and round_idx % self._config.val_every:
+            return {}
+        dice = self.trainer.validate(self._config.val_batches)
+        if which == self._algorithm.product and dice > self._best_dice:
+            self._best_dice = dice
+            save_tensors(self._folder / _BEST, snapshot(self.trainer.module), {"round": round_idx, "val_dice": dice})
+        return {f"val_dice_{which}": dice}
+
+    def _on_step(self, round_idx: int, stop: Callable[[], bool]) -> Callable[[int, float], None]:
+        progress = Progress(f"{self._name}: round {round_idx + 1}/{self._prepared.num_rounds}", logger)
+
+        def on_step(step: int, loss: float) -> None:
+            if stop():
+                raise Aborted(f"{self._name}: aborted in round {round_idx + 1} at step {step}")
+            progress.update(step, self._config.local_steps, f"loss {loss:.4f}")
+
+        return on_step
+
+    def _save_last(self, round_idx: int) -> None:
+        """Model, optimiser and random state of one moment, in one file."""
+        optimizer, optimizer_plain = self.trainer.export_state()
+        random_tensors, random_plain = self._random.export()
+        tensors = {f"network/{n}": t for n, t in snapshot(self.trainer.module).items()}
+        tensors |= {f"optimizer/{n}": t for n, t in optimizer.items()}
+        tensors |= {f"random/{n}": t for n, t in random_tensors.items()}
+        meta = {"round": round_idx, "optimizer": optimizer_plain, "random": random_plain, "best_dice": self._best_dice}
+        save_tensors(self._folder / _LAST, tensors, meta)
+
+    def _restore(self) -> None:
+        """Go back to what `_save_last` stored."""
+        path = self._folder / _LAST
+        tensors, meta = load_tensors(path)
+        parts: dict[str, Params] = {"network": {}, "optimizer": {}, "random": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = tensor
+        copy_into(self.trainer.module, parts["network"], where=str(path))
+        self.trainer.load_state(parts["optimizer"], meta["optimizer"])
+        self._random.load(parts["random"], meta["random"])
+        self._best_dice = meta["best_dice"]
+
+
+def site_device(config: SiteConfig) -> torch.device:
+    """Where a site trains and predicts."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)

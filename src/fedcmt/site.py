@@ -1,0 +1,178 @@
+"""The site's half of a federation: receive, train, answer; its data and its personal tensors stay here.
+
+An engine hands each request to `Site.handle` and carries the answer back. All that must survive a restart is on disk
+when an answer leaves: what was prepared, the last model with optimiser and random state, and the best model.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fedcmt.algorithms.base import Algorithm
+from fedcmt.config import SiteConfig
+from fedcmt.data.checks import check_dataset, find_dataset, read_dataset_json
+from fedcmt.json_file import read_json, write_json
+from fedcmt.messages import Message, Task
+from fedcmt.nnunet.fingerprint import Fingerprint, bin_policy
+from fedcmt.nnunet.plans import PlanningOptions
+from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
+from fedcmt.params import serialized_size
+from fedcmt.privacy.egress import EgressLedger
+from fedcmt.progress import Progress
+from fedcmt.session import Prepared, Reporter, Session, site_device
+from fedcmt.workspace import THREADS_VARIABLE, environment, nnunet_folder
+
+logger = logging.getLogger(__name__)
+
+
+class Site:
+    """One data holder.
+
+    Args:
+      name: The site's name in the federation.
+      config: Its data and local training.
+      algorithm: The site's half of the algorithm.
+      folder: Where the site keeps its state, ledger and trainer logs; outside anything an engine wipes.
+      report: Receives curves.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: SiteConfig,
+        algorithm: Algorithm,
+        folder: Path,
+        report: Reporter = lambda tag, value, step: None,
+    ) -> None:
+        self.name = name
+        self._config = config
+        self._algorithm = algorithm
+        self._folder = folder
+        self._report = report
+        self._ledger = EgressLedger(folder / "egress.jsonl")
+        self._session: Session | None = None
+        self._bytes = {"sent": 0, "received": 0}
+        self._stop: Callable[[], bool] = lambda: False
+
+    def handle(self, task: Task, message: Message, stop: Callable[[], bool] = lambda: False) -> Message:
+        """Do one task and return the answer; whatever goes wrong is raised, with the reason in the message.
+
+        Args:
+          task: What to do.
+          message: The request.
+          stop: Asked between training steps; true ends the task with `Aborted`.
+        """
+        self._stop = stop
+        steps = {
+            Task.FINGERPRINT: self._fingerprint,
+            Task.PREPARE: self._prepare,
+            Task.TRAIN: self._train,
+            Task.FINISH: self._finish,
+        }
+        if THREADS_VARIABLE in os.environ:
+            torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))  # equal sums need equal threads in every engine
+        with environment(self._loader_variables()):
+            answer = steps[task](message)
+        self._release(task, message, answer)
+        return answer
+
+    def close(self) -> None:
+        """Stop whatever the trainer started."""
+        if self._session is not None:
+            self._session.trainer.close()
+
+    def _fingerprint(self, message: Message) -> Message:
+        options = PlanningOptions.from_dict(message.meta["planning"])
+        folds = None if self._config.fold == "all" else 5
+        logger.info("%s: checking %s", self.name, self._dataset.name)
+        check_dataset(self._dataset, num_folds=folds, channels=self._config.channels)
+        logger.info("%s: extracting the fingerprint", self.name)
+        own = own_fingerprint(self._dataset, options)
+        write_json(self._folder / "joined.json", {**message.meta, "fingerprint": own.to_dict()})
+        sent = own.coarsened(bin_policy(options.mode))
+        return Message({"fingerprint": sent.to_dict(), "modality": self._config.modality})
+
+    def _prepare(self, message: Message) -> Message:
+        joined = read_json(self._folder / "joined.json")
+        options = PlanningOptions.from_dict(joined["planning"])
+        progress = Progress(f"{self.name}: preprocessing", logger)
+        plans = prepare_data(
+            message.meta["plans"],
+            Fingerprint.from_dict(joined["fingerprint"]),
+            self._dataset,
+            nnunet_folder("nnUNet_preprocessed"),
+            options,
+            site=self.name,
+            job=joined["job"],
+            num_processes=self._config.num_processes,
+            progress=progress.update,
+        )
+        prepared = Prepared(
+            plans=plans,
+            dataset_json=read_dataset_json(self._dataset),
+            configuration=options.configuration,
+            seed=joined["seed"],
+            num_rounds=message.meta["num_rounds"],
+        )
+        write_json(self._folder / "prepared.json", asdict(prepared))
+        self.close()
+        if not message.meta["resume"]:
+            for stale in ("last.safetensors", "best.safetensors"):
+                (self._folder / stale).unlink(missing_ok=True)
+        self._session = self._open(prepared)
+        return Message(
+            {
+                "channels": self._session.channels,
+                "num_cases": len(self._session.trainer.validation_cases()[0]),
+                "wire_shapes": {name: list(shape) for name, shape in self._session.partition.wire_shapes.items()},
+            }
+        )
+
+    def _train(self, message: Message) -> Message:
+        return self._ready().train_round(message, self._report, self._stop)
+
+    def _finish(self, message: Message) -> Message:
+        session = self._ready()
+        report = session.finish(message, self._dataset, nnunet_folder("nnUNet_results"))
+        report["bytes_sent"], report["bytes_received"] = self._bytes["sent"], self._bytes["received"]
+        return Message({"report": report})
+
+    def _ready(self) -> Session:
+        """The running session; after a restart, rebuilt from disk with the personal and optimiser state."""
+        if self._session is None:
+            self._session = self._open(Prepared(**read_json(self._folder / "prepared.json")))
+        return self._session
+
+    def _open(self, prepared: Prepared) -> Session:
+        return Session(self.name, self._config, self._algorithm, self._folder, prepared)
+
+    def _release(self, task: Task, message: Message, answer: Message) -> None:
+        """Check and record the answer, then count the bytes of both directions."""
+        partition = None if self._session is None else self._session.partition
+        self._ledger.release(
+            answer.tensors,
+            answer.meta,
+            allowed=partition.wire_shapes if partition else (),
+            task=task.value,
+            round_idx=message.meta.get("round"),
+            extras=answer.extras,
+            personal=partition.personal if partition else (),
+        )
+        for direction, sent in (("sent", answer), ("received", message)):
+            for tensors in (sent.tensors, sent.extras):
+                self._bytes[direction] += serialized_size(tensors)[1] if tensors else 0
+
+    @property
+    def _dataset(self) -> Path:
+        return find_dataset(nnunet_folder("nnUNet_raw"), self._config.dataset_id)
+
+    def _loader_variables(self) -> dict[str, str]:
+        """nnU-Net reads the number of its loader processes from the environment; without a GPU, none repeats a run."""
+        workers = self._config.num_workers
+        if workers is None and site_device(self._config).type == "cpu":
+            workers = 0
+        return {} if workers is None else {"nnUNet_n_proc_DA": str(workers)}

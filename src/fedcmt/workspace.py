@@ -1,0 +1,63 @@
+"""Where a run keeps things, the same in every engine.
+
+``workspace/JOB/`` holds ``job/`` (the materialised job folder), ``server/`` and ``sites/<site>/`` (state, ledger),
+``flare/`` (FLARE's own folder, which its simulator wipes), ``logs/``, ``results.json`` and, unless nnU-Net's variables
+say otherwise, nnU-Net's folders. The launcher names the folder to its child processes in ``FEDCMT_WORKSPACE``.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+WORKSPACE_VARIABLE = "FEDCMT_WORKSPACE"
+RESUME_VARIABLE = "FEDCMT_RESUME"
+GPUS_VARIABLE = "FEDCMT_GPUS"
+THREADS_VARIABLE = "FEDCMT_THREADS"
+
+
+def workspace_folder(flare_root: str, job_id: str) -> Path:
+    """The run's folder: the launcher's, or, in a network without a launcher, one below FLARE's root for this job."""
+    named = os.environ.get(WORKSPACE_VARIABLE)
+    return Path(named) if named else Path(flare_root) / "fedcmt" / job_id
+
+
+def is_resuming() -> bool:
+    """Whether the launcher asked to continue an earlier run."""
+    return os.environ.get(RESUME_VARIABLE) == "1"
+
+
+def use_assigned_gpu(site: str) -> None:
+    """Show this process only the GPU the launcher gave to the site; nnU-Net always trains on the first one it sees."""
+    gpus = json.loads(os.environ.get(GPUS_VARIABLE, "{}"))
+    if site in gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus[site])
+
+
+def nnunet_folder(variable: str) -> Path:
+    """One of nnU-Net's folders, by its environment variable.
+
+    Raises:
+      OSError: If the variable is not set.
+    """
+    if not os.environ.get(variable):
+        raise OSError(
+            f"environment variable {variable} is not set; it names nnU-Net's folder. See README, 'Your own data'."
+        )
+    return Path(os.environ[variable])
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, and put back afterwards what was there before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,204 @@
+"""Cutting one data set into sites: disjoint, nothing counted twice, the same again for the same seed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from fedcmt.data.checks import DatasetError, check_dataset, list_cases, read_dataset_json
+from fedcmt.data.split import split_by_domain
+
+# Of 13 cases 8 are "uint8" and 5 "float32".
+UINT8, FLOAT32 = [f"u{i}" for i in range(8)], [f"f{i}" for i in range(5)]
+SITES = ["Dataset701_A", "Dataset702_B", "Dataset703_C"]
+COHORT: dict[str, Any] = {
+    "source_id": 700,
+    "by": "dtype",
+    "domains": {"uint8": SITES[:2], "float32": SITES[2:]},
+    "pooled": "Dataset704_Pooled",
+    "max_training_cases": 2,
+    "test_fraction": 0.25,
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nnUNet_raw with one data set of 13 images of 6 x 7 x 8 voxels."""
+    raw = tmp_path_factory.mktemp("source")
+    folder = raw / "Dataset700_Source"
+    rng = np.random.default_rng(0)
+    for case in UINT8 + FLOAT32:
+        label = np.zeros((8, 7, 6), np.uint8)
+        label[2:5, 2:5, 2:4] = 1
+        for path, array in (
+            (f"imagesTr/{case}_0000.nii.gz", rng.normal(size=label.shape).astype(np.float32)),
+            (f"labelsTr/{case}.nii.gz", label),
+        ):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            sitk.WriteImage(sitk.GetImageFromArray(array), str(folder / path))
+    dataset = {"channel_names": {"0": "T1"}, "labels": {"background": 0, "x": 1}, "numTraining": 13}
+    (folder / "dataset.json").write_text(json.dumps({**dataset, "file_ending": ".nii.gz"}))
+    rows = [{"case": c, "dtype": d} for cases, d in ((UINT8, "uint8"), (FLOAT32, "float32")) for c in cases]
+    (folder / "provenance.json").write_text(json.dumps(rows))
+    return raw
+
+
+def cases(folder: Path, split: str) -> list[str]:
+    return list(list_cases(folder, read_dataset_json(folder), images=f"images{split}"))
+
+
+def all_cases(folder: Path) -> list[str]:
+    return cases(folder, "Tr") + cases(folder, "Ts")
+
+
+def test_sites_and_their_training_and_test_cases_are_disjoint(source: Path, tmp_path: Path) -> None:
+    *sites, _ = split_by_domain(source, tmp_path, COHORT)
+    counted = [case for site in sites for case in all_cases(site)]
+    assert len(counted) == len(set(counted))
+    assert [site.name for site in sites] == ["Dataset703_C", "Dataset701_A", "Dataset702_B"]
+
+
+def test_sites_hold_cases_of_their_domain_only(source: Path, tmp_path: Path) -> None:
+    split_by_domain(source, tmp_path, COHORT)
+    assert {case[0] for name in SITES[:2] for case in all_cases(tmp_path / name)} == {"u"}
+    assert {case[0] for case in all_cases(tmp_path / SITES[2])} == {"f"}
+
+
+def test_test_cases_are_set_aside_before_training_cases_are_limited(source: Path, tmp_path: Path) -> None:
+    folders = split_by_domain(source, tmp_path, {**COHORT, "max_training_cases": 3})
+    # C: round(5 / 4) = 1 of 5 for testing, at most 3 of 4 to train; A, B: 4 each, 1 for testing, 3 to train.
+    counts = [(len(cases(f, "Tr")), len(cases(f, "Ts"))) for f in folders]
+    assert counts == [(3, 1), (3, 1), (3, 1), (9, 3)]
+
+
+def test_the_pooled_set_is_the_union_of_the_sites(source: Path, tmp_path: Path) -> None:
+    *sites, pooled = split_by_domain(source, tmp_path, COHORT)
+    for split in ("Tr", "Ts"):
+        assert sorted(cases(pooled, split)) == sorted(case for site in sites for case in cases(site, split))
+
+
+def test_the_cut_is_a_sound_data_set(source: Path, tmp_path: Path) -> None:
+    for folder in split_by_domain(source, tmp_path, COHORT):
+        summary = check_dataset(folder, num_folds=None)
+        assert summary.num_training == len(cases(folder, "Tr")) == read_dataset_json(folder)["numTraining"]
+        assert summary.name == folder.name
+        labels = sorted(path.name for path in (folder / "labelsTs").iterdir())
+        assert labels == [f"{case}.nii.gz" for case in cases(folder, "Ts")]
+
+
+def test_files_are_links_to_the_source(source: Path, tmp_path: Path) -> None:
+    folder = split_by_domain(source, tmp_path, COHORT)[0]
+    links = [path for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs") for path in (folder / part).iterdir()]
+    assert len(links) == 2 * len(all_cases(folder))
+    assert all(path.is_symlink() and path.resolve().is_relative_to(source.resolve()) for path in links)
+    assert all(path.resolve().name == path.name for path in links)
+
+
+def test_the_seed_decides_the_cut(source: Path, tmp_path: Path) -> None:
+    cuts = []
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        (tmp_path / name).mkdir()
+        cuts.append([all_cases(f) for f in split_by_domain(source, tmp_path / name, {**COHORT, "seed": seed})])
+    assert cuts[0] == cuts[1]
+    assert cuts[0] != cuts[2]
+
+
+def test_running_again_changes_nothing(source: Path, tmp_path: Path) -> None:
+    first = split_by_domain(source, tmp_path, COHORT)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert split_by_domain(source, tmp_path, COHORT) == first
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_cut_that_was_interrupted_is_completed(source: Path, tmp_path: Path) -> None:
+    wanted = [all_cases(folder) for folder in split_by_domain(source, tmp_path, COHORT)]
+    done = tmp_path / SITES[0]
+    (done / "split.json").unlink()
+    done.rename(tmp_path / f"{SITES[0]}.partial")
+    assert [all_cases(folder) for folder in split_by_domain(source, tmp_path, COHORT)] == wanted
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_cut_that_was_interrupted_does_not_leak_into_another(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            split_by_domain(source, tmp_path, {**COHORT, "max_training_cases": 4})
+    assert len(list(tmp_path.glob("*.partial"))) == 1
+    folders = split_by_domain(source, tmp_path, {**COHORT, "max_training_cases": 1})
+    assert [len(cases(folder, "Tr")) for folder in folders] == [1, 1, 1, 3]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"max_training_cases": 1}])
+def test_another_cut_in_the_same_place_is_refused(change: dict, source: Path, tmp_path: Path) -> None:
+    split_by_domain(source, tmp_path, COHORT)
+    with pytest.raises(FileExistsError, match=r"Dataset70._\w+ is there and was not made by this cut"):
+        split_by_domain(source, tmp_path, {**COHORT, **change})
+
+
+def test_a_folder_somebody_else_made_is_refused_and_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / SITES[0]).mkdir()
+    (tmp_path / SITES[0] / "own.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="Dataset701_A is there and was not made by this cut"):
+        split_by_domain(source, tmp_path, COHORT)
+    assert [path.name for path in (tmp_path / SITES[0]).iterdir()] == ["own.txt"]
+
+
+@pytest.mark.parametrize(
+    ("domains", "message"),
+    [
+        ({"float32": [f"Dataset71{i}_S" for i in range(3)]}, "5 cases with dtype = 'float32' for 3 sites"),
+        ({"int16": ["Dataset710_S"]}, r"0 cases with dtype = 'int16' .* knows dtype = 'float32', 'uint8'"),
+    ],
+)
+def test_a_domain_without_enough_cases_is_refused(domains: dict, message: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=message):
+        split_by_domain(source, tmp_path, {**COHORT, "domains": domains})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_fraction": 0.95}, "Dataset703_C: no training case: of 5 cases 5 are for testing .test_fraction 0.95"),
+        ({"max_training_cases": 0}, "Dataset703_C: no training case: of 5 cases 1 are for testing .* at most 0 for"),
+    ],
+)
+def test_a_site_without_training_cases_is_refused(change: dict, message: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=message):
+        split_by_domain(source, tmp_path, {**COHORT, **change})
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_keys_of_a_cohort_are_named(source: Path, tmp_path: Path) -> None:
+    cohort = {key: value for key, value in COHORT.items() if key not in ("by", "seed")}
+    with pytest.raises(
+        ValueError, match=r"keys \['by', 'seed'\] are missing; expected are \['source_id', 'by', 'domains'"
+    ):
+        split_by_domain(source, tmp_path, cohort)
+
+
+@pytest.mark.parametrize("change", [{"pooled": SITES[0]}, {"domains": {"uint8": SITES[:2], "float32": SITES[1:]}}])
+def test_data_sets_of_one_name_are_refused(change: dict, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"each data set needs a name of its own.*Dataset70"):
+        split_by_domain(source, tmp_path, {**COHORT, **change})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_without_provenance_is_refused(source: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "raw" / "Dataset700_Source"
+    copied.mkdir(parents=True)
+    for name in ("dataset.json", "imagesTr", "labelsTr"):
+        (copied / name).symlink_to(source / "Dataset700_Source" / name)
+    with pytest.raises(DatasetError, match=r"provenance\.json: file not found"):
+        split_by_domain(tmp_path / "raw", tmp_path / "cut", COHORT)

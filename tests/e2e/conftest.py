@@ -1,0 +1,68 @@
+"""Whole jobs as a user starts them: ``bash start_fl.sh JOB …`` in a child process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = ["--rounds", "2", "--local-steps", "2", "--set", "sites.val_batches=1"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended: its exit code, all it printed, and its workspace."""
+
+    code: int
+    output: str
+    workspace: Path
+
+    @property
+    def results(self) -> dict:
+        return json.loads((self.workspace / "results.json").read_text())
+
+
+def command(workspace: Path, job: str, *options: str) -> list[str]:
+    return ["bash", str(REPOSITORY / "start_fl.sh"), job, "--workspace", str(workspace), *options]
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Without nnU-Net's variables, and with this interpreter first on PATH."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
+    own["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
+    return own | dict(extra or {})
+
+
+def launch(workspace: Path, job: str, *options: str, extra: Mapping[str, str] | None = None) -> Finished:
+    done = subprocess.run(
+        command(workspace, job, *options),
+        cwd=workspace.parent if workspace.parent.is_dir() else None,
+        env=environment(extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, workspace)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The main job on the demo cohort, a few steps, in FLARE's simulator."""
+    run = launch(tmp_path_factory.mktemp("simulated") / "brats_sdl", "brats_sdl", *TINY)
+    assert run.code == 0, run.output
+    return run
+
+
+@pytest.fixture(scope="session")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same job with the same seed, in one process."""
+    run = launch(tmp_path_factory.mktemp("inprocess") / "brats_sdl", "brats_sdl", *TINY, "--engine", "inprocess")
+    assert run.code == 0, run.output
+    return run

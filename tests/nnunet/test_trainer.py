@@ -1,0 +1,150 @@
+"""nnU-Net's trainer driven step by step, on a tiny data set."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedcmt.config import OptimizerConfig
+from fedcmt.data.phantoms import make_brain_mr
+from fedcmt.json_file import read_json
+from fedcmt.nnunet.fingerprint import bin_policy
+from fedcmt.nnunet.paths import nnunet_paths
+from fedcmt.nnunet.plans import PlanningOptions, plan_federation
+from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
+from fedcmt.nnunet.trainer import SiteTrainer, build_trainer
+from fedcmt.params import snapshot
+from fedcmt.randomness import RandomStream
+
+OPTIONS = PlanningOptions(
+    mode="architecture", base_features=4, max_features=8, max_stages=3, max_patch_size=(16, 16, 24), batch_size=2
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
+    """nnU-Net's folders, installed plans and dataset.json of a small data set."""
+    root = tmp_path_factory.mktemp("site")
+    dataset = make_brain_mr(
+        root / "raw" / "Dataset702_Tiny",
+        num_train=5,
+        num_test=0,
+        seed=3,
+        style="site_a",
+        channels=("FLAIR",),
+        shape_vox=(24, 28, 20),
+    )
+    fingerprint = own_fingerprint(dataset, OPTIONS)
+    plans = plan_federation({"s": fingerprint.coarsened(bin_policy("architecture"))}, OPTIONS)["s"]
+    own = prepare_data(plans, fingerprint, dataset, root / "preprocessed", OPTIONS, site="s", job="j")
+    return root, own, read_json(dataset / "dataset.json")
+
+
+def trainer_of(
+    site: tuple[Path, dict, dict], monkeypatch: pytest.MonkeyPatch, seed: int = 1, **changes: Any
+) -> SiteTrainer:
+    root, plans, dataset_json = site
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    settings: dict[str, Any] = {"optimizer": OptimizerConfig(lr=1e-2), "grad_clip": 1.0, "total_steps": 4}
+    with nnunet_paths(preprocessed=root / "preprocessed", results=root / "results"):
+        return build_trainer(
+            plans,
+            dataset_json,
+            configuration="3d_fullres",
+            fold=0,
+            device=torch.device("cpu"),
+            seed=seed,
+            **(settings | changes),
+        )
+
+
+def test_the_seed_decides_the_initial_network(site: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, same, other = (snapshot(trainer_of(site, monkeypatch, seed=s).module) for s in (1, 1, 2))
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert any(not torch.equal(one[n], other[n]) for n in one)
+
+
+def test_validation_repeats_and_leaves_training_s_random_numbers_alone(
+    site: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(site, monkeypatch)
+    with RandomStream(9).active():
+        first, second = trainer.validate(2), trainer.validate(2)
+        drawn = torch.rand(3)
+    with RandomStream(9).active():
+        assert torch.equal(torch.rand(3), drawn)
+    assert first == second
+    assert 0 <= first <= 1
+
+
+def test_every_step_s_loss_goes_through_the_hook(site: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(site, monkeypatch)
+    seen: list[tuple[list[str], tuple[int, ...]]] = []
+
+    def hook(loss: torch.Tensor, network: torch.nn.Module, batch: Any, output: Any) -> torch.Tensor:
+        seen.append((sorted(batch), tuple(output[0].shape)))
+        return 0 * loss
+
+    before = snapshot(trainer.module)
+    assert trainer.train_steps(2, hook) == 0
+    assert len(seen) == 2
+    assert {"data", "target", "keys"} <= set(seen[0][0])
+    assert seen[0][1][:2] == (2, 3)
+    # Without a gradient, AdamW only decays weights: 1 - lr * weight_decay twice.
+    name = "encoder.stages.0.0.convs.0.conv.weight"
+    torch.testing.assert_close(snapshot(trainer.module)[name], before[name] * (1 - 1e-2 * 1e-5) ** 2)
+
+
+def test_the_gradient_is_clipped_to_the_site_s_norm(site: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    sgd = OptimizerConfig("SGD", lr=1.0, weight_decay=0.0)
+    trainer = trainer_of(site, monkeypatch, optimizer=sgd, grad_clip=1e-3)
+    before = snapshot(trainer.module)
+    trainer.train_steps(1, lambda loss, *_: 1e4 * loss)
+    moved = torch.cat([(t - before[n]).flatten() for n, t in snapshot(trainer.module).items()])
+    assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_the_poly_rate_follows_the_job_s_steps_and_never_turns_complex(
+    site: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(site, monkeypatch, optimizer=OptimizerConfig("SGD", lr=1.0, schedule="poly"))
+    rates = []
+    trainer.train_steps(6, lambda loss, *_: 0 * loss, lambda step, loss: rates.append(trainer.learning_rate))
+    # 4 steps in all: (1 - k / 4)^0.9, held at the last one's rate.
+    expected = [(1 - k / 4) ** 0.9 for k in (0, 1, 2, 3, 3, 3)]
+    assert rates == pytest.approx(expected)
+
+
+def test_optimiser_state_goes_on_where_it_was(site: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = trainer_of(site, monkeypatch)
+    stream = RandomStream(4)
+    with stream.active():
+        steady.train_steps(1, None)
+    tensors, plain = steady.export_state()
+    other = trainer_of(site, monkeypatch, seed=2)
+    other.network.load_state_dict(steady.network.state_dict())
+    other.load_state({n: t.clone() for n, t in tensors.items()}, plain)
+    for trainer in (steady, other):
+        with RandomStream(5).active():
+            trainer.train_steps(1, None)
+    ours, theirs = snapshot(steady.module), snapshot(other.module)
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert other.steps_done == 2
+
+
+def test_a_network_of_two_stages_trains_without_deep_supervision(
+    site: tuple[Path, dict, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, plans, dataset_json = site
+    shallow = copy.deepcopy(plans)
+    arguments = shallow["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    arguments["n_stages"] = 2
+    for key in ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage"):
+        arguments[key] = arguments[key][:2]
+    arguments["n_conv_per_stage_decoder"] = arguments["n_conv_per_stage_decoder"][:1]
+    trainer = trainer_of((root, shallow, dataset_json), monkeypatch)
+    assert math.isfinite(trainer.train_steps(1, None))
+    assert 0 <= trainer.validate(1) <= 1

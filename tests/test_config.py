@@ -1,0 +1,189 @@
+"""Configuration: unknown keys are refused with the known ones, and each bad value is named with what was expected."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fedcmt.algorithms.fedavg import FedAvg
+from fedcmt.config import (
+    SERVER_CONFIG,
+    ConfigError,
+    JobConfig,
+    OptimizerConfig,
+    ServerConfig,
+    SiteConfig,
+    build_algorithm,
+    site_apps,
+)
+from fedcmt.json_file import JsonFileError
+
+SITE = {"dataset_id": 7, "modality": "MR"}
+NUMBER = "a whole number from 1"
+BAD_SITE = [
+    ("dataset_id", 0, "1 to 999"), ("dataset_id", 1000, "1 to 999"), ("dataset_id", "7", "1 to 999"),
+    ("modality", "", "e.g. MR or CT"), ("modality", 3, "e.g. MR or CT"), ("task", "classify", "segmentation"),
+    ("fold", 5, '0 to 4, or "all"'), ("fold", -1, '0 to 4, or "all"'), ("fold", True, '0 to 4, or "all"'),
+    ("local_steps", 0, NUMBER), ("local_steps", 2.0, NUMBER), ("val_every", 0, NUMBER), ("val_batches", "5", NUMBER),
+    ("num_processes", 0, NUMBER), ("grad_clip", 0, "above 0"), ("grad_clip", math.nan, "above 0"),
+    ("mirroring", 1, "true or false"), ("num_workers", -1, "null or a whole number from 0"),
+    ("device", "tpu", "auto, cpu or cuda"), ("channels", "T1", "null or a list of channel names"),
+    ("channels", ["T1", 2], "null or a list of channel names"),
+]  # fmt: skip
+BAD_OPTIMIZER = [
+    ("name", "LBFGS", "AdamW, Adam or SGD"), ("lr", 0, "a number above 0"), ("lr", "0.1", "a number above 0"),
+    ("weight_decay", -1e-5, ">= 0"), ("momentum", 1.0, "in [0, 1)"), ("momentum", 0.9, "0 for AdamW"),
+    ("schedule", "cosine", "constant or poly"),
+]  # fmt: skip
+BAD_SERVER = [
+    ("num_rounds", 0, NUMBER), ("num_rounds", True, NUMBER), ("num_rounds", 2.5, NUMBER),
+    ("planning", ["mode"], "an object"), ("min_sites", 0, "null or >= 1"), ("seed", -1, "a whole number from 0"),
+    ("round_timeout", 0, "seconds, from 1"),
+    ("setup_timeout", 1.5, "seconds, from 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), BAD_SITE)
+def test_a_bad_value_of_a_site_names_file_key_value_and_expectation(
+    key: str, value: object, expected: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "site.json"
+    file.write_text(json.dumps({**SITE, key: value}))
+    with pytest.raises(ConfigError) as caught:
+        SiteConfig.from_file(file)
+    assert str(caught.value) == f"{file}: {key} is {value!r}, expected {expected}"
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), BAD_OPTIMIZER)
+def test_a_bad_value_of_an_optimiser_is_named_with_its_place(key: str, value: object, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SiteConfig.from_dict({**SITE, "optimizer": {key: value}}, "site.json")
+    assert str(caught.value) == f"site.json: optimizer: {key} is {value!r}, expected {expected}"
+
+
+@pytest.mark.parametrize(("key", "value", "expected"), BAD_SERVER)
+def test_a_bad_value_of_the_server_is_named(key: str, value: object, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServerConfig.from_dict({"num_rounds": 3, key: value}, "server.json")
+    assert str(caught.value) == f"server.json: {key} is {value!r}, expected {expected}"
+
+
+def test_an_unknown_key_lists_the_known_ones() -> None:
+    known = r"known keys: \['lr', 'momentum', 'name', 'schedule', 'weight_decay'\]"
+    with pytest.raises(ConfigError, match=r"^here: unknown keys \['decay', 'rate'\]; " + known):
+        OptimizerConfig.from_dict({"rate": 1, "lr": 0.1, "decay": 2}, "here")
+
+
+def test_missing_keys_list_the_known_ones() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^s: missing keys \['dataset_id', 'modality'\]; known keys: .*'local_steps'"
+    ):
+        SiteConfig.from_dict({"fold": 1}, "s")
+
+
+def test_values_are_taken_and_the_rest_is_the_default() -> None:
+    values = {**SITE, "fold": "all", "optimizer": {"name": "SGD", "momentum": 0.99, "lr": 0.01}, "grad_clip": 12}
+    config = SiteConfig.from_dict(values, "s")
+    assert config.optimizer == OptimizerConfig("SGD", 0.01, 1e-5, 0.99, "constant")
+    assert (config.dataset_id, config.fold, config.grad_clip, config.local_steps) == (7, "all", 12, 250)
+
+
+def test_what_was_read_cannot_be_changed() -> None:
+    config = ServerConfig.from_dict({"num_rounds": 3}, "s")
+    with pytest.raises(AttributeError):
+        config.num_rounds = 4  # type: ignore[misc]
+
+
+def test_a_job_folder_is_read_as_a_whole(job_folder: Path) -> None:
+    job = JobConfig.from_folder(job_folder)
+    assert (job.name, job.server.num_rounds, job.server.seed) == ("tiny", 3, 5)
+    assert {name: site.dataset_id for name, site in job.sites.items()} == {"north": 11, "south": 12}
+    assert isinstance(build_algorithm(job.algorithm), FedAvg)
+
+
+def edit(file: Path, change: object) -> None:
+    values = json.loads(file.read_text())
+    change(values)  # type: ignore[operator]
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("halves", [{"path": "fedcmt.algorithms.fedcmt.FedCMT"}, {"args": {"mu": 1}}])
+def test_halves_of_an_algorithm_that_differ_are_refused(halves: dict, job_folder: Path) -> None:
+    file = job_folder / "south_app/config/config_fed_client.json"
+    edit(file, lambda config: config["components"][0].update(halves))
+    with pytest.raises(ConfigError, match=r"south_app/config/config_fed_client\.json: algorithm .* differs from"):
+        JobConfig.from_folder(job_folder)
+
+
+def test_a_job_without_sites_is_refused(job_folder: Path) -> None:
+    edit(job_folder / "meta.json", lambda meta: meta.update(deploy_map={"server": ["server"]}))
+    with pytest.raises(ConfigError, match=r"meta\.json: deploy_map names no site besides the server"):
+        JobConfig.from_folder(job_folder)
+
+
+def test_a_job_with_two_workflows_is_refused(job_folder: Path) -> None:
+    edit(job_folder / SERVER_CONFIG, lambda config: config["workflows"].append({}))
+    with pytest.raises(ConfigError, match=r"config_fed_server\.json: expected one workflow, found 2"):
+        JobConfig.from_folder(job_folder)
+
+
+def test_a_server_without_the_algorithm_is_refused(job_folder: Path) -> None:
+    edit(job_folder / SERVER_CONFIG, lambda config: config["components"].pop())
+    with pytest.raises(ConfigError, match=r"config_fed_server\.json: no component with id 'aggregator'"):
+        JobConfig.from_folder(job_folder)
+
+
+@pytest.mark.parametrize("file", ["meta.json", str(SERVER_CONFIG), "north/config/site.json"])
+def test_a_file_that_is_not_there_is_named(file: str, job_folder: Path) -> None:
+    (job_folder / file).unlink()
+    with pytest.raises(JsonFileError, match=rf"{file}: file not found"):
+        JobConfig.from_folder(job_folder)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"path": "os.system", "args": {"command": "touch gone"}}, "'os.system' is outside the package fedcmt"),
+        ({"path": "fedcmt_evil.X"}, "outside the package fedcmt"),
+        ({"path": "fedcmt.algorithms.fedavg.FedAvgg"}, "has no attribute 'FedAvgg'"),
+        ({"path": "fedcmt.algorithms.fedgone.X"}, "No module named 'fedcmt.algorithms.fedgone'"),
+        ({"path": "fedcmt.algorithms.fedavg.FedAvg", "args": {"mu": 1}}, "with args {'mu': 1}: .*takes no arguments"),
+        ({"path": "fedcmt.randomness.RandomStream", "args": {"seed": 1}}, "is not an Algorithm"),
+    ],
+)
+def test_what_is_no_algorithm_of_ours_is_refused(spec: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_algorithm(spec)
+
+
+@pytest.mark.parametrize(
+    ("deploy_map", "words"),
+    [
+        ({"server": ["server"], "app": ["a", "b"]}, "share an app folder"),
+        ({"server": ["server"], "app": ["@ALL"]}, "share an app folder"),
+        ({"server": ["server"]}, "names no site"),
+        (None, "expected app folders"),
+    ],
+)
+def test_each_site_needs_an_app_folder_of_its_own(deploy_map: object, words: str, tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text(json.dumps({"name": "j", "deploy_map": deploy_map}))
+    with pytest.raises(ConfigError, match=words):
+        site_apps(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["optimizer", "modality"])
+def test_blank_and_null_values_are_named(key: str) -> None:
+    values = {"dataset_id": 1, "modality": "MR"} | {key: None if key == "optimizer" else " "}
+    with pytest.raises(ConfigError, match=rf"where: {key} is"):
+        SiteConfig.from_dict(values, "where")
+
+
+def test_an_infinite_rate_is_refused() -> None:
+    with pytest.raises(ConfigError, match="lr is inf"):
+        OptimizerConfig.from_dict({"lr": float("inf")}, "where")
+
+
+def test_something_else_than_an_algorithm_is_not_called() -> None:
+    with pytest.raises(ConfigError, match="not an Algorithm"):
+        build_algorithm({"path": "fedcmt.config.ConfigError", "args": {}})

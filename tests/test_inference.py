@@ -1,0 +1,222 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+import Inference
+from tests.nnunet.tiny_model import as_image, export_tiny, random_parameters, write_images
+
+DATASETS = {"client1": "Dataset901_Tiny", "client2": "Dataset902_Tiny"}
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """Two segmentation sites, of which the first has labels, a classification site and one that failed."""
+    sites: dict[str, dict] = {}
+    for client, dataset in DATASETS.items():
+        model = f"sites/{client}/nnUNetTrainer__nnUNetPlans__3d_fullres"
+        export_tiny(tmp_path / model, random_parameters(11), mirroring_axes=None)
+        write_images(tmp_path / "nnUNet_raw" / dataset / "imagesTs", ("a_01",))
+        sites[client] = {"task": "segmentation", "dataset": dataset, "model_folder": model}
+    labels = tmp_path / "nnUNet_raw" / DATASETS["client1"] / "labelsTs"
+    labels.mkdir()
+    sitk.WriteImage(as_image(np.full((13, 22, 19), 3, np.uint8)), str(labels / "a_01.nii.gz"))
+    sites["client3"] = {"task": "classification", "dataset": "Dataset903_Tiny", "model_folder": "elsewhere"}
+    (tmp_path / "results.json").write_text(json.dumps({"job": "tiny", "sites": sites}))
+    return tmp_path
+
+
+def output_of(workspace: Path, client: str) -> Path:
+    return workspace / "sites" / client / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "predictions" / "imagesTs"
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a wrong command and return its one line."""
+    assert Inference.main([str(a) for a in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("name", ["client1", "app_client1"])
+def test_one_client_is_segmented_and_scored(workspace: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert Inference.main(["--workspace", str(workspace), "--clients", name, "--gpu_ids", "0"]) == 0
+    folder = output_of(workspace, "client1")
+    assert {f.name for f in folder.iterdir()} == {"a_01.nii.gz", "metrics.json", "metrics.csv"}
+    found = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "a_01.nii.gz")))
+    share = np.mean(found == 3)
+    scores = json.loads((folder / "metrics.json").read_text())
+    assert scores["dice"]["ET"] == pytest.approx(2 * share / (1 + share))
+    out = capsys.readouterr().out
+    assert out.startswith("no CUDA device: running on the CPU\n")
+    assert "client1: 1 of 1 cases segmented" in out
+    assert f"{scores['dice']['ET']:.4f}" in out.splitlines()[-1]
+
+
+def test_results_are_replaced(workspace: Path) -> None:
+    folder = output_of(workspace, "client1")
+    folder.mkdir(parents=True)
+    (folder / "a_01.nii.gz").write_bytes(b"old")
+    assert Inference.main(["--workspace", str(workspace), "--clients", "client1"]) == 0
+    assert sitk.ReadImage(str(folder / "a_01.nii.gz")).GetSize() == (19, 22, 13)
+
+
+def test_any_folder_with_labels_elsewhere(workspace: Path, tmp_path: Path) -> None:
+    labels = workspace / "nnUNet_raw" / DATASETS["client1"] / "labelsTs"
+    images = write_images(tmp_path / "mine", ("a_01", "new"))
+    arguments = ["--workspace", workspace, "--clients", "client2", "--input", images, "--output", tmp_path / "o"]
+    assert Inference.main([str(a) for a in [*arguments, "--disable_tta"]]) == 0
+    assert {f.name for f in (tmp_path / "o").iterdir()} == {"a_01.nii.gz", "new.nii.gz"}
+    assert Inference.main([str(a) for a in [*arguments, "--labels", labels]]) == 0
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["cases"] == 1
+
+
+def test_all_segmentation_clients_run_in_child_processes(workspace: Path) -> None:
+    """From another folder and without PYTHONPATH, as a user would call it; client2 fails alone."""
+    (workspace / "nnUNet_raw" / DATASETS["client2"] / "imagesTs" / "a_01_0002.nii.gz").unlink()
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "nnUNet_raw")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [sys.executable, Inference.__file__, "--workspace", "."],
+        cwd=workspace,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert (output_of(workspace, "client1") / "metrics.csv").is_file()
+    assert done.stdout.count("no CUDA device") == 1
+    assert done.stdout.splitlines()[-1].startswith("client1 ")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "client2: " in errors[0]
+    assert "a_01_0002.nii.gz is missing" in errors[0]
+    assert errors[1:] == ["error: 1 of 2 clients failed: client2; see above."]
+    assert "Traceback" not in done.stderr
+
+
+def test_user_errors_are_one_line(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = ("--workspace", workspace)
+    assert "client1, client2, client3" in fails(capsys, *here, "--clients", "client9")
+    assert "classification" in fails(capsys, *here, "--clients", "client3")
+    assert "--input" in fails(capsys, *here, "--input", tmp_path)
+    assert "no folder of images" in fails(capsys, *here, "--clients", "client1", "--input", tmp_path / "absent")
+    assert "checkpoint_best.pth" in fails(capsys, *here, "--clients", "client1", "--checkpoint", "best")
+    (tmp_path / "file").touch()
+    assert "cannot write to" in fails(capsys, *here, "--clients", "client1", "--output", tmp_path / "file" / "out")
+    assert str(tmp_path / "nowhere" / "results.json") in fails(capsys, "--workspace", tmp_path / "nowhere")
+
+
+def test_missing_folders_are_named(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workspace / "nnUNet_raw").rename(workspace / "moved")
+    assert "nnUNet_raw is not set" in fails(capsys, "--workspace", workspace, "--clients", "client1")
+    monkeypatch.setenv("nnUNet_raw", str(workspace / "other"))
+    message = fails(capsys, "--workspace", workspace, "--clients", "client1")
+    assert f"no data set Dataset901_Tiny in {workspace / 'other'} or {workspace / 'nnUNet_raw'}." in message
+    (workspace / "other" / "Dataset901_Tiny").mkdir(parents=True)
+    message = fails(capsys, "--workspace", workspace, "--clients", "client1")
+    assert f"no folder of images {workspace / 'other' / 'Dataset901_Tiny' / 'imagesTs'}" in message
+    (workspace / "sites" / "client1").rename(workspace / "gone")
+    assert "model folder" in fails(capsys, "--workspace", workspace, "--clients", "client1")
+    (workspace / "results.json").write_text("{")
+    assert "not a job's results" in fails(capsys, "--workspace", workspace)
+
+
+@pytest.mark.parametrize("there", ["environment", "workspace"])
+def test_images_come_from_the_environment_or_else_the_workspace(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    """A cohort made for the job lies in the workspace even while nnUNet_raw is set."""
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "env"))
+    expected = tmp_path / "env" if there == "environment" else workspace / "nnUNet_raw"
+    (expected / "Dataset901_Tiny" / "imagesTs").mkdir(parents=True, exist_ok=True)
+    works = Inference.plan(Inference.parse(["--workspace", str(workspace), "--clients", "client1"]))
+    assert works[0].images == expected / "Dataset901_Tiny" / "imagesTs"
+
+
+def test_gpu_ids_must_exist(
+    workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = fails(capsys, "--workspace", workspace, "--clients", "client1", "--gpu_ids", 1, 5)
+    assert "--gpu_ids 5: no such GPU; this machine shows 2" in message
+
+
+class FakeChild:
+    """A child that ends at its third poll, and records what ran beside it."""
+
+    running: list[str]
+    seen: list[tuple[str, str, int]]
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self.client = command[command.index("--clients") + 1]
+        self.polls, self.returncode = 0, 1 if self.client == "c" else 0
+        FakeChild.running.append(self.client)
+        FakeChild.seen.append((self.client, env["CUDA_VISIBLE_DEVICES"], len(FakeChild.running)))
+
+    def poll(self) -> int | None:
+        self.polls += 1
+        if self.polls == 3:
+            FakeChild.running.remove(self.client)
+        return self.returncode if self.polls >= 3 else None
+
+
+def test_sites_go_round_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeChild.running, FakeChild.seen = [], []
+    monkeypatch.setattr(subprocess, "Popen", FakeChild)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    works = [Inference.Work(c, Path("m"), Path("i"), Path("o"), None) for c in "abcd"]
+    args = Namespace(sites_per_gpu=1, workspace=Path("w"), checkpoint="final", disable_tta=True, verbose=False)
+    assert Inference.run_side_by_side(works, args, [0, 1]) == ["c"]
+    assert FakeChild.seen == [("a", "4", 1), ("b", "6", 2), ("c", "4", 1), ("d", "6", 2)]
+
+
+@pytest.mark.parametrize(
+    ("cores", "sites", "places", "threads"), [(1, 3, 1, "1"), (2, 3, 1, "2"), (8, 3, 3, "2"), (16, 2, 2, "8")]
+)
+def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch, cores: int, sites: int, places: int, threads: str) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("nnUNet_def_n_proc", "3")
+    assert Inference.cpu_places(sites) == [{"OMP_NUM_THREADS": threads}] * places
+
+
+def test_termination_ends_the_children(workspace: Path, tmp_path: Path) -> None:
+    """The children are stand-ins that sleep; they must be gone soon after SIGTERM to the parent."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys, subprocess\n"
+        f"sys.path.insert(0, {str(Path(Inference.__file__).parent)!r})\n"
+        "import Inference\n"
+        "def child(client, args):\n"
+        "    code = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "    return [sys.executable, '-c', code]\n"
+        "Inference.child_command = child\n"
+        "sys.exit(Inference.run())\n"
+    )
+    parent = subprocess.Popen([sys.executable, script, "--workspace", workspace], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = next(int(line) for line in parent.stdout if line.strip().isdigit())
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

@@ -1,0 +1,175 @@
+"""A site on a tiny generated data set: what it sends, what it keeps, and that a restart changes nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedcmt.algorithms.base import Algorithm
+from fedcmt.algorithms.fedavg import FedAvg
+from fedcmt.algorithms.fedcmt import FedCMT
+from fedcmt.config import OptimizerConfig, SiteConfig
+from fedcmt.data.phantoms import make_brain_mr
+from fedcmt.messages import Message, Task
+from fedcmt.nnunet.planner import FederatedPlanner
+from fedcmt.params import ParameterError, Params, load_tensors
+from fedcmt.privacy.egress import PersonalTensorError
+from fedcmt.session import Aborted, DivergedError
+from fedcmt.site import Site
+
+PLANNING = {
+    "mode": "architecture",
+    "base_features": 4,
+    "max_features": 8,
+    "max_stages": 3,
+    "max_patch_size": [16, 16, 24],
+    "batch_size": 2,
+    "extra_stem_convolution": True,
+}
+CONFIG = SiteConfig(
+    701, "MR", local_steps=2, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2), mirroring=False
+)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    make_brain_mr(
+        folder / "Dataset701_Tiny",
+        num_train=5,
+        num_test=1,
+        seed=3,
+        style="site_a",
+        channels=("FLAIR", "T2"),
+        shape_vox=(24, 28, 20),
+    )
+    return folder
+
+
+@pytest.fixture
+def folders(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's folders in the environment, as the launcher sets them."""
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+    monkeypatch.setenv("nnUNet_preprocessed", str(raw.parent / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    return tmp_path
+
+
+def prepared(folder: Path, algorithm: Algorithm, name: str = "north") -> tuple[Site, Params]:
+    """A site ready to train, and the payload of round 0."""
+    site = Site(name, CONFIG, algorithm, folder)
+    planner = FederatedPlanner(PLANNING, seed=5)
+    answer = site.handle(Task.FINGERPRINT, Message({"job": "job", "seed": 5, "planning": PLANNING}))
+    fingerprints = {name: answer.meta["fingerprint"]}
+    plans = planner.plan(fingerprints)
+    ready = site.handle(Task.PREPARE, Message({"plans": plans[name], "num_rounds": 2, "resume": False}))
+    initial = planner.initial(plans, fingerprints, {name: answer.meta["modality"]}, algorithm.scopes)
+    return site, {key: initial[key] for key in ready.meta["wire_shapes"]}
+
+
+def added(payload: Params, update: Params) -> Params:
+    return {name: payload[name] + update[name] for name in payload}
+
+
+def test_an_update_holds_what_was_received_and_nothing_personal(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedCMT())
+    answer = site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    assert set(answer.tensors) == set(payload)
+    assert not any(name.startswith("decoder.") for name in answer.tensors)
+    assert {name for name in payload if "@" in name} == {
+        "encoder.stages.0.0.convs.0.conv.weight@mr.flair",
+        "encoder.stages.0.0.convs.0.conv.weight@mr.t2",
+        "encoder.stages.0.0.convs.0.conv.bias@mr",
+        "encoder.stages.0.0.convs.0.norm.weight@mr",
+        "encoder.stages.0.0.convs.0.norm.bias@mr",
+    }
+    assert any(bool(tensor.abs().max() > 0) for tensor in answer.tensors.values())
+
+
+def test_received_plus_update_is_the_model_on_disk(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedAvg())
+    answer = site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    last, _ = load_tensors(folders / "site" / "last.safetensors")
+    for name, tensor in added(payload, answer.tensors).items():
+        torch.testing.assert_close(last[f"network/{name}"], tensor)
+
+
+def test_a_restarted_site_goes_on_to_the_bit(folders: Path) -> None:
+    steady, payload = prepared(folders / "steady", FedCMT())
+    first = steady.handle(Task.TRAIN, Message({"round": 0}, payload))
+    second = steady.handle(Task.TRAIN, Message({"round": 1}, added(payload, first.tensors)))
+    stopped, _ = prepared(folders / "stopped", FedCMT())
+    again = stopped.handle(Task.TRAIN, Message({"round": 0}, payload))
+    restarted = Site("north", CONFIG, FedCMT(), folders / "stopped")
+    other = restarted.handle(Task.TRAIN, Message({"round": 1}, added(payload, again.tensors)))
+    assert all(torch.equal(second.tensors[name], other.tensors[name]) for name in payload)
+    assert second.meta["metrics"] == other.meta["metrics"]
+
+
+def test_sites_in_one_process_do_not_disturb_each_other(folders: Path) -> None:
+    alone, payload = prepared(folders / "alone", FedAvg())
+    expected = alone.handle(Task.TRAIN, Message({"round": 0}, payload))
+    site, _ = prepared(folders / "site", FedAvg())
+    neighbour, _ = prepared(folders / "neighbour", FedAvg(), name="south")
+    neighbour.handle(Task.TRAIN, Message({"round": 0}, payload))
+    torch.rand(7)
+    answer = site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    assert all(torch.equal(expected.tensors[name], answer.tensors[name]) for name in payload)
+
+
+def test_a_payload_that_does_not_fit_changes_nothing(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedAvg())
+    name = next(iter(payload))
+    wrong = [
+        {k: v for k, v in payload.items() if k != name},
+        {**payload, "stranger": torch.ones(1)},
+        {**payload, name: payload[name][:1]},
+    ]
+    for tensors in wrong:
+        with pytest.raises(ParameterError):
+            site.handle(Task.TRAIN, Message({"round": 0}, tensors))
+    _, meta = load_tensors(folders / "site" / "last.safetensors")
+    assert meta["round"] == -1
+
+
+def test_a_personal_tensor_in_an_answer_is_refused(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, payload = prepared(folders / "site", FedCMT())
+    rows = (folders / "site" / "egress.jsonl").read_text()
+    leak = {"decoder.seg_layers.0.weight": torch.ones(1)}
+    monkeypatch.setattr(FedCMT, "local_extras", lambda self, network: leak)
+    with pytest.raises(PersonalTensorError, match=r"decoder\.seg_layers\.0\.weight"):
+        site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    assert (folders / "site" / "egress.jsonl").read_text() == rows
+
+
+def test_a_diverged_round_is_an_error_and_leaves_the_model_of_the_round_before(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedCMT())
+    site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    before = (folders / "site" / "last.safetensors").read_bytes()
+    poisoned = {name: torch.full_like(tensor, float("nan")) for name, tensor in payload.items()}
+    with pytest.raises(DivergedError, match=r"round 2 is not finite"):
+        site.handle(Task.TRAIN, Message({"round": 1}, poisoned))
+    assert (folders / "site" / "last.safetensors").read_bytes() == before
+    answer = site.handle(Task.TRAIN, Message({"round": 1}, payload))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in answer.tensors.values())
+
+
+def test_an_abort_stops_between_steps(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedAvg())
+    with pytest.raises(Aborted, match="round 1 at step 1"):
+        site.handle(Task.TRAIN, Message({"round": 0}, payload), stop=lambda: True)
+
+
+def test_the_exported_folder_holds_the_last_model_in_every_alias(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedCMT())
+    site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    report = site.handle(Task.FINISH, Message({})).meta["report"]
+    weights = torch.load(
+        folders / "results" / report["model_folder"] / "fold_all" / "checkpoint_final.pth", weights_only=True
+    )["network_weights"]
+    last, _ = load_tensors(folders / "site" / "last.safetensors")
+    for name in (n.removeprefix("network/") for n in last if n.startswith("network/encoder.")):
+        assert torch.equal(weights[name], last[f"network/{name}"])
+        assert torch.equal(weights[f"decoder.{name}"], last[f"network/{name}"])
+    assert report["test"]["cases"] == 1
+    assert report["validation"]["cases"] == 1
