@@ -132,13 +132,13 @@ def test_grids_that_differ_by_rounding_pass(dataset: Path) -> None:
 
 def test_each_file_is_read_once(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
-    read = checks._read_voxels
+    read = checks.read_voxels
 
     def counted(path: Path) -> np.ndarray:
         seen.append(path)
         return read(path)
 
-    monkeypatch.setattr(checks, "_read_voxels", counted)
+    monkeypatch.setattr(checks, "read_voxels", counted)
     check_dataset(dataset)
     assert sorted(seen) == sorted(dataset.glob("*/*.nii.gz"))
 

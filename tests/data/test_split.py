@@ -1,4 +1,4 @@
-"""Cutting one data set into sites: disjoint, nothing counted twice, the same again for the same seed."""
+"""Cutting data sets into sites: disjoint, nothing counted twice, the same again for the same seed."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from fedcmt.data.checks import DatasetError, check_dataset, list_cases, read_dataset_json
-from fedcmt.data.split import split_by_domain
+from fedcmt.data.split import dataset_names, make_cuts
 
 # Of 13 cases 8 are "uint8" and 5 "float32".
 UINT8, FLOAT32 = [f"u{i}" for i in range(8)], [f"f{i}" for i in range(5)]
@@ -56,33 +56,33 @@ def all_cases(folder: Path) -> list[str]:
 
 
 def test_sites_and_their_training_and_test_cases_are_disjoint(source: Path, tmp_path: Path) -> None:
-    *sites, _ = split_by_domain(source, tmp_path, COHORT)
+    *sites, _ = make_cuts(source, tmp_path, COHORT)
     counted = [case for site in sites for case in all_cases(site)]
     assert len(counted) == len(set(counted))
     assert [site.name for site in sites] == ["Dataset703_C", "Dataset701_A", "Dataset702_B"]
 
 
 def test_sites_hold_cases_of_their_domain_only(source: Path, tmp_path: Path) -> None:
-    split_by_domain(source, tmp_path, COHORT)
+    make_cuts(source, tmp_path, COHORT)
     assert {case[0] for name in SITES[:2] for case in all_cases(tmp_path / name)} == {"u"}
     assert {case[0] for case in all_cases(tmp_path / SITES[2])} == {"f"}
 
 
 def test_test_cases_are_set_aside_before_training_cases_are_limited(source: Path, tmp_path: Path) -> None:
-    folders = split_by_domain(source, tmp_path, {**COHORT, "max_training_cases": 3})
+    folders = make_cuts(source, tmp_path, {**COHORT, "max_training_cases": 3})
     # C: round(5 / 4) = 1 of 5 for testing, at most 3 of 4 to train; A, B: 4 each, 1 for testing, 3 to train.
     counts = [(len(cases(f, "Tr")), len(cases(f, "Ts"))) for f in folders]
     assert counts == [(3, 1), (3, 1), (3, 1), (9, 3)]
 
 
 def test_the_pooled_set_is_the_union_of_the_sites(source: Path, tmp_path: Path) -> None:
-    *sites, pooled = split_by_domain(source, tmp_path, COHORT)
+    *sites, pooled = make_cuts(source, tmp_path, COHORT)
     for split in ("Tr", "Ts"):
         assert sorted(cases(pooled, split)) == sorted(case for site in sites for case in cases(site, split))
 
 
 def test_the_cut_is_a_sound_data_set(source: Path, tmp_path: Path) -> None:
-    for folder in split_by_domain(source, tmp_path, COHORT):
+    for folder in make_cuts(source, tmp_path, COHORT):
         summary = check_dataset(folder, num_folds=None)
         assert summary.num_training == len(cases(folder, "Tr")) == read_dataset_json(folder)["numTraining"]
         assert summary.name == folder.name
@@ -91,7 +91,7 @@ def test_the_cut_is_a_sound_data_set(source: Path, tmp_path: Path) -> None:
 
 
 def test_files_are_links_to_the_source(source: Path, tmp_path: Path) -> None:
-    folder = split_by_domain(source, tmp_path, COHORT)[0]
+    folder = make_cuts(source, tmp_path, COHORT)[0]
     links = [path for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs") for path in (folder / part).iterdir()]
     assert len(links) == 2 * len(all_cases(folder))
     assert all(path.is_symlink() and path.resolve().is_relative_to(source.resolve()) for path in links)
@@ -102,24 +102,24 @@ def test_the_seed_decides_the_cut(source: Path, tmp_path: Path) -> None:
     cuts = []
     for seed, name in ((0, "a"), (0, "b"), (1, "c")):
         (tmp_path / name).mkdir()
-        cuts.append([all_cases(f) for f in split_by_domain(source, tmp_path / name, {**COHORT, "seed": seed})])
+        cuts.append([all_cases(f) for f in make_cuts(source, tmp_path / name, {**COHORT, "seed": seed})])
     assert cuts[0] == cuts[1]
     assert cuts[0] != cuts[2]
 
 
 def test_running_again_changes_nothing(source: Path, tmp_path: Path) -> None:
-    first = split_by_domain(source, tmp_path, COHORT)
+    first = make_cuts(source, tmp_path, COHORT)
     before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert split_by_domain(source, tmp_path, COHORT) == first
+    assert make_cuts(source, tmp_path, COHORT) == first
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_cut_that_was_interrupted_is_completed(source: Path, tmp_path: Path) -> None:
-    wanted = [all_cases(folder) for folder in split_by_domain(source, tmp_path, COHORT)]
+    wanted = [all_cases(folder) for folder in make_cuts(source, tmp_path, COHORT)]
     done = tmp_path / SITES[0]
     (done / "split.json").unlink()
     done.rename(tmp_path / f"{SITES[0]}.partial")
-    assert [all_cases(folder) for folder in split_by_domain(source, tmp_path, COHORT)] == wanted
+    assert [all_cases(folder) for folder in make_cuts(source, tmp_path, COHORT)] == wanted
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -132,25 +132,25 @@ def test_a_cut_that_was_interrupted_does_not_leak_into_another(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
-            split_by_domain(source, tmp_path, {**COHORT, "max_training_cases": 4})
+            make_cuts(source, tmp_path, {**COHORT, "max_training_cases": 4})
     assert len(list(tmp_path.glob("*.partial"))) == 1
-    folders = split_by_domain(source, tmp_path, {**COHORT, "max_training_cases": 1})
+    folders = make_cuts(source, tmp_path, {**COHORT, "max_training_cases": 1})
     assert [len(cases(folder, "Tr")) for folder in folders] == [1, 1, 1, 3]
     assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"max_training_cases": 1}])
 def test_another_cut_in_the_same_place_is_refused(change: dict, source: Path, tmp_path: Path) -> None:
-    split_by_domain(source, tmp_path, COHORT)
+    make_cuts(source, tmp_path, COHORT)
     with pytest.raises(FileExistsError, match=r"Dataset70._\w+ is there and was not made by this cut"):
-        split_by_domain(source, tmp_path, {**COHORT, **change})
+        make_cuts(source, tmp_path, {**COHORT, **change})
 
 
 def test_a_folder_somebody_else_made_is_refused_and_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / SITES[0]).mkdir()
     (tmp_path / SITES[0] / "own.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="Dataset701_A is there and was not made by this cut"):
-        split_by_domain(source, tmp_path, COHORT)
+        make_cuts(source, tmp_path, COHORT)
     assert [path.name for path in (tmp_path / SITES[0]).iterdir()] == ["own.txt"]
 
 
@@ -163,7 +163,7 @@ def test_a_folder_somebody_else_made_is_refused_and_left_alone(source: Path, tmp
 )
 def test_a_domain_without_enough_cases_is_refused(domains: dict, message: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=message):
-        split_by_domain(source, tmp_path, {**COHORT, "domains": domains})
+        make_cuts(source, tmp_path, {**COHORT, "domains": domains})
     assert not list(tmp_path.iterdir())
 
 
@@ -176,22 +176,29 @@ def test_a_domain_without_enough_cases_is_refused(domains: dict, message: str, s
 )
 def test_a_site_without_training_cases_is_refused(change: dict, message: str, source: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=message):
-        split_by_domain(source, tmp_path, {**COHORT, **change})
+        make_cuts(source, tmp_path, {**COHORT, **change})
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_keys_of_a_cohort_are_named(source: Path, tmp_path: Path) -> None:
     cohort = {key: value for key, value in COHORT.items() if key not in ("by", "seed")}
     with pytest.raises(
-        ValueError, match=r"keys \['by', 'seed'\] are missing; expected are \['source_id', 'by', 'domains'"
+        ValueError, match=r"keys \['seed', 'by'\] are missing; a cut of kind 'domains' needs \['kind', 'source_id'"
     ):
-        split_by_domain(source, tmp_path, cohort)
+        make_cuts(source, tmp_path, cohort)
 
 
-@pytest.mark.parametrize("change", [{"pooled": SITES[0]}, {"domains": {"uint8": SITES[:2], "float32": SITES[1:]}}])
-def test_data_sets_of_one_name_are_refused(change: dict, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"each data set needs a name of its own.*Dataset70"):
-        split_by_domain(source, tmp_path, {**COHORT, **change})
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pooled": SITES[0]},
+        {"pooled": "Dataset701_Other"},
+        {"domains": {"uint8": SITES[:2], "float32": SITES[1:]}},
+    ],
+)
+def test_data_sets_of_one_name_or_id_are_refused(change: dict, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"each data set needs a name and an id of its own.*Dataset70"):
+        make_cuts(source, tmp_path, {**COHORT, **change})
     assert not list(tmp_path.iterdir())
 
 
@@ -201,4 +208,108 @@ def test_a_source_without_provenance_is_refused(source: Path, tmp_path: Path) ->
     for name in ("dataset.json", "imagesTr", "labelsTr"):
         (copied / name).symlink_to(source / "Dataset700_Source" / name)
     with pytest.raises(DatasetError, match=r"provenance\.json: file not found"):
-        split_by_domain(tmp_path / "raw", tmp_path / "cut", COHORT)
+        make_cuts(tmp_path / "raw", tmp_path / "cut", COHORT)
+
+
+def test_a_cohort_without_pooled_set_has_its_sites_only(source: Path, tmp_path: Path) -> None:
+    cohort = {key: value for key, value in COHORT.items() if key != "pooled"}
+    assert [folder.name for folder in make_cuts(source, tmp_path, cohort)] == ["Dataset703_C", *SITES[:2]]
+    assert dataset_names(cohort) == SITES
+    assert dataset_names(COHORT) == [*SITES, "Dataset704_Pooled"]
+
+
+# Patients dealt to sites
+
+DEAL: dict[str, Any] = {
+    "kind": "deal",
+    "source_id": 700,
+    "sites": dict.fromkeys(SITES, "segmentation"),
+    "max_training_cases": 9,
+    "test_fraction": 0.4,
+    "seed": 0,
+}
+
+
+def test_a_patient_is_at_one_site_only(source: Path, tmp_path: Path) -> None:
+    folders = make_cuts(source, tmp_path, {"cuts": [DEAL]})
+    assert [folder.name for folder in folders] == SITES
+    # 13 patients in turn: 5, 4, 4; of 5 round(2.0) = 2 for testing, of 4 round(1.6) = 2.
+    assert [(len(cases(f, "Tr")), len(cases(f, "Ts"))) for f in folders] == [(3, 2), (2, 2), (2, 2)]
+    assert sorted(case for folder in folders for case in all_cases(folder)) == sorted(UINT8 + FLOAT32)
+
+
+def test_dealing_limits_training_cases_after_test_cases_are_set_aside(source: Path, tmp_path: Path) -> None:
+    folders = make_cuts(source, tmp_path, {"cuts": [{**DEAL, "max_training_cases": 1}]})
+    assert [(len(cases(f, "Tr")), len(cases(f, "Ts"))) for f in folders] == [(1, 2), (1, 2), (1, 2)]
+
+
+def test_the_seed_decides_who_is_dealt_what(source: Path, tmp_path: Path) -> None:
+    dealt = []
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        (tmp_path / name).mkdir()
+        folders = make_cuts(source, tmp_path / name, {"cuts": [{**DEAL, "seed": seed}]})
+        dealt.append([all_cases(folder) for folder in folders])
+    assert dealt[0] == dealt[1]
+    assert dealt[0] != dealt[2]
+    assert dealt[0][0] != sorted(UINT8 + FLOAT32)[::3]
+
+
+def test_several_cuts_come_in_their_order(source: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("Dataset700_Source", "Dataset800_Other"):
+        (raw / name).symlink_to(source / "Dataset700_Source")
+    deal = {**DEAL, "source_id": 800, "sites": {"Dataset801_D": "segmentation"}}
+    cohort = {"cuts": [deal, {**COHORT, "kind": "domains"}]}
+    (tmp_path / "cut").mkdir()
+    names = [folder.name for folder in make_cuts(raw, tmp_path / "cut", cohort)]
+    assert names == ["Dataset801_D", "Dataset703_C", *SITES[:2], "Dataset704_Pooled"]
+    assert sorted(dataset_names(cohort)) == sorted(names)
+
+
+def test_nothing_is_written_if_one_of_several_cuts_cannot_be(source: Path, tmp_path: Path) -> None:
+    missing = {**DEAL, "source_id": 800, "sites": {"Dataset801_D": "segmentation"}}
+    with pytest.raises(DatasetError, match=r"no folder Dataset800_\*"):
+        make_cuts(source, tmp_path, {"cuts": [DEAL, missing]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_sites_than_cases_allow_are_refused(source: Path, tmp_path: Path) -> None:
+    sites = {f"Dataset71{i}_S": "segmentation" for i in range(7)}
+    with pytest.raises(DatasetError, match="13 cases for 7 sites, which need 2 each"):
+        make_cuts(source, tmp_path, {"cuts": [{**DEAL, "sites": sites}]})
+
+
+BOXES = {"sites": {SITES[0]: "organ_boxes"}, "box_mm": [3, 4, 5]}
+
+
+@pytest.mark.parametrize(
+    ("cohort", "message"),
+    [
+        ({"cuts": []}, "expected either one cut or"),
+        ({"cuts": [DEAL], "seed": 1}, "expected either one cut or .* alone"),
+        ({"cuts": [{**DEAL, "kind": "thirds"}]}, r"kind is 'thirds'; expected one of \['domains', 'deal'\]"),
+        ({"cuts": [COHORT]}, "kind is None"),
+        ({"cuts": [{**DEAL, "by": "dtype"}]}, r"unknown keys \['by'\]; a cut of kind 'deal' knows"),
+        ({**COHORT, "pool": "Dataset704_P"}, r"unknown keys \['pool'\]"),
+        ({"cuts": [{**DEAL, "sites": {}}]}, "names no sites"),
+        (
+            {"cuts": [{**DEAL, "sites": {SITES[0]: "boxes"}}]},
+            r"'boxes'.: expected one of \['segmentation', 'organ_boxes'",
+        ),
+        ({"cuts": [{**DEAL, "sites": {"HeadNeckA": "segmentation"}}]}, r"\['HeadNeckA'\] are no data set names"),
+        ({"cuts": [{**DEAL, "box_mm": [3, 4, 5]}]}, "no site is of organ_boxes; remove it"),
+        ({"cuts": [{**DEAL, **BOXES, "box_mm": [3, 4]}]}, r"box_mm is \[3, 4\]; expected three positive"),
+        ({"cuts": [{**DEAL, **BOXES, "box_mm": [3, 0, 5]}]}, "expected three positive"),
+        ({"cuts": [{**DEAL, "sites": BOXES["sites"]}]}, "box_mm is None"),
+        ({**COHORT, "test_fraction": 1}, "test_fraction is 1; expected a number between 0 and 1"),
+        (
+            {"cuts": [DEAL, {**DEAL, "sites": {"Dataset801_D": "segmentation"}}]},
+            r"source_id \[700, 700\] .*a patient is at two sites",
+        ),
+    ],
+)
+def test_a_cohort_that_makes_no_sense_is_refused(cohort: dict, message: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_cuts(source, tmp_path, cohort)
+    assert not list(tmp_path.iterdir())

@@ -38,7 +38,7 @@ _OTHER_IMAGE_ENDINGS = (*FILE_ENDINGS, ".nii", ".png", ".tif", ".tiff", ".dcm")
 _SIMPLEITK = threading.Lock()
 _READ_THREADS = 4
 _TOLERANCE = 1e-3
-_READ_ERRORS = (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+READ_ERRORS = (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 """What SimpleITK, gzip and nibabel raise for a damaged file."""
 
 
@@ -136,7 +136,7 @@ def read_dataset_json(folder: Path) -> dict:
         content = read_json(folder / "dataset.json")
     except JsonFileError as error:
         raise DatasetError(f"{error}. Write it as in docs/data.md.") from error
-    _raise_if(folder, _dataset_json_problems(content))
+    raise_if(folder, _dataset_json_problems(content))
     return content
 
 
@@ -168,7 +168,7 @@ def list_cases(folder: Path, dataset_json: Mapping[str, object], images: str = "
     cases, problems = _scan_images(folder, dataset_json, images)
     if not cases and not problems:
         problems = [_no_images(folder, dataset_json, images)]
-    _raise_if(folder, problems)
+    raise_if(folder, problems)
     return cases
 
 
@@ -186,7 +186,7 @@ def list_training_cases(folder: Path, dataset_json: Mapping[str, object]) -> dic
       DatasetError: Where ``list_cases`` does, or if an image has no label or a label no image.
     """
     cases, problems = _pair_with_labels(folder, dataset_json, "Tr")
-    _raise_if(folder, problems)
+    raise_if(folder, problems)
     labels, ending = folder / "labelsTr", dataset_json["file_ending"]
     return {case: Case(tuple(files.channels), labels / f"{case}{ending}") for case, files in cases.items()}
 
@@ -215,7 +215,7 @@ def check_dataset(folder: Path, *, num_folds: int | None = 5, channels: Sequence
     problems += _count_problems(folder, dataset_json, num_folds) + train_problems + test_problems
     problems += _leak_problems(folder, dataset_json)
     problems += _voxel_problems([*training.values(), *test.values()], _allowed_labels(dataset_json))
-    _raise_if(folder, problems)
+    raise_if(folder, problems)
     return DatasetSummary(
         folder=folder,
         name=folder.name,
@@ -229,7 +229,7 @@ def check_dataset(folder: Path, *, num_folds: int | None = 5, channels: Sequence
     )
 
 
-def _raise_if(folder: Path, problems: Sequence[str]) -> None:
+def raise_if(folder: Path, problems: Sequence[str]) -> None:
     if not problems:
         return
     lines = [f"- {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
@@ -533,10 +533,10 @@ def _file_problem(path: Path, allowed: Sequence[int] | None) -> tuple[_Grid | No
                 f"has {header.GetDimension()} dimensions of {grid.size_vox} and {components} values per voxel; "
                 "expected 3 dimensions and 1 value. Split it into one 3-D file per channel."
             )
-        array = _read_voxels(path)
-    except _READ_ERRORS as error:
+        array = read_voxels(path)
+    except READ_ERRORS as error:
         return None, (
-            f"cannot be read ({_reason(error)}). The file is cut off, damaged or of another format: "
+            f"cannot be read ({reason_of(error)}). The file is cut off, damaged or of another format: "
             "copy or convert it again."
         )
     return grid, _intensity_problem(array) if allowed is None else _label_image_problem(array, allowed)
@@ -552,14 +552,14 @@ def _read_header(path: Path) -> sitk.ImageFileReader:
     return reader
 
 
-def _read_voxels(path: Path) -> np.ndarray:
+def read_voxels(path: Path) -> np.ndarray:
     if path.name.endswith(".nii.gz"):
         return np.asanyarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
     with _SIMPLEITK:
         return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """One line; the last of SimpleITK's, whose lines before name C++ sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"^.*\(0x[0-9a-f]+\): ", "", lines[-1]).rstrip(".") if lines else type(error).__name__
