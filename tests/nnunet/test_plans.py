@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from tiny_data import Geometry, geometries, pool, write_dataset
 
 from fedcmt.nnunet.fingerprint import Fingerprint, bin_policy, extract_fingerprint, to_nnunet
+from fedcmt.nnunet.network import build_network, input_parameters
 from fedcmt.nnunet.paths import nnunet_paths
 from fedcmt.nnunet.plans import (
     PLANNERS,
@@ -29,6 +31,7 @@ from fedcmt.nnunet.plans import (
 )
 
 SAMPLES = 10_000
+FIRST = "encoder.stages.0.0.convs.0.conv.weight"
 INTENSITIES = "foreground_intensity_properties_per_channel"
 
 
@@ -269,6 +272,47 @@ def test_stages_batch_and_stem_can_be_set(coarse: dict[str, Fingerprint]) -> Non
     assert untouched["n_conv_per_stage"][0] == 2
 
 
+@pytest.mark.parametrize("mode", ["consensus", "architecture"])
+def test_the_linear_adapter_is_a_network_nnunet_builds(coarse: dict[str, Fingerprint], mode: str) -> None:
+    options = PlanningOptions(
+        mode=mode, extra_stem_convolution=True, adapter="linear", max_stages=3, base_features=4, max_features=6
+    )
+    sites = coarse if mode == "architecture" else {"mr": coarse["mr"]}
+    for site, plan in plan_federation(sites, options).items():
+        channels = len(coarse[site].channel_names)
+        network = build_network(plan, "3d_fullres", channels, coarse[site].dataset_json())
+        assert input_parameters(network) == {FIRST}
+        assert dict(network.named_parameters())[FIRST].shape == (4, channels, 1, 1, 1)
+        outputs = network(torch.zeros(1, channels, 16, 24, 32))
+        heads = outputs[0].shape[1]
+        assert [tuple(o.shape) for o in outputs] == [(1, heads, 16, 24, 32), (1, heads, 8, 12, 16)]
+
+
+@pytest.mark.parametrize("mode", ["consensus", "architecture"])
+def test_the_linear_adapter_changes_nothing_else_in_the_plans(coarse: dict[str, Fingerprint], mode: str) -> None:
+    options = PlanningOptions(mode=mode, extra_stem_convolution=True, base_features=4)
+    linear, conv = (
+        plan_federation({"mr": coarse["mr"]}, dataclasses.replace(options, adapter=adapter))["mr"]
+        for adapter in ("linear", "conv")
+    )
+    assert linear != conv
+    names = [_chosen(plan)["architecture"].pop("network_class_name") for plan in (linear, conv)]
+    assert [name.split(".")[-1] for name in names] == ["LinearAdapterUNet", "PlainConvUNet"]
+    assert linear == conv, "other configurations and all other fields stay nnU-Net's"
+
+
+def test_sites_with_different_adapters_are_noticed(coarse: dict[str, Fingerprint]) -> None:
+    options = PlanningOptions(mode="architecture", extra_stem_convolution=True, base_features=4)
+    linear, conv = (
+        plan_federation(coarse, dataclasses.replace(options, adapter=adapter)) for adapter in ("linear", "conv")
+    )
+    check_architectures_agree(linear)
+    with pytest.raises(
+        ValueError, match=r"network_class_name differs \(ct has .*PlainConvUNet.*mr has .*LinearAdapter"
+    ):
+        check_architectures_agree({"mr": linear["mr"], "ct": conv["ct"]})
+
+
 def test_true_number_of_cases_caps_the_batch(coarse: dict[str, Fingerprint]) -> None:
     """Twice the cases allow twice the batch, where 5 % of the voxels is the cap."""
     one = coarse["mr"]
@@ -331,6 +375,13 @@ def test_planning_leaves_nothing_behind(
         ({"max_patch_size": [32, 32]}, "planning.max_patch_size"),
         ({"extra_stem_convolution": 1}, "planning.extra_stem_convolution"),
         ({"extra_stem_convolution": True, "planner": "nnUNetPlannerResEncL"}, "already separate"),
+        ({"adapter": "lora"}, r"planning.adapter is 'lora', expected one of \['conv', 'linear'\]"),
+        ({"adapter": "linear"}, "planning.extra_stem_convolution is false. Set it to true"),
+        ({"adapter": "linear", "planner": "nnUNetPlannerResEncM"}, "nnUNetPlannerResEncM plans a residual encoder"),
+        (
+            {"adapter": "linear", "extra_stem_convolution": True, "configuration": "2d"},
+            "planning.configuration is '2d'. Use 'conv' or a 3D configuration",
+        ),
     ],
 )
 def test_bad_options_are_named(content: dict[str, Any], message: str) -> None:

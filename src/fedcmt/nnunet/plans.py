@@ -33,6 +33,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from fedcmt.data.checks import channel_names
 from fedcmt.json_file import write_json
+from fedcmt.models.adapters import LinearAdapterUNet
 from fedcmt.nnunet.fingerprint import Fingerprint, FingerprintMismatchError, bin_policy, merge, to_nnunet
 from fedcmt.nnunet.paths import nnunet_paths
 
@@ -49,6 +50,7 @@ PLANNERS: dict[str, type[ExperimentPlanner]] = {
 """nnU-Net's planners by the name jobs use."""
 
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+ADAPTERS = ("conv", "linear")
 
 _MIN_EDGE = 4  # nnU-Net's UNet_featuremap_min_edge_length
 _DATASET = "Dataset001_Federation"
@@ -74,6 +76,9 @@ class PlanningOptions:
       max_stages: Most resolution stages of the trained configuration; None for the planner's.
       extra_stem_convolution: One more convolution in PlainConvUNet's first stage, so that its first block can be a
         site's modality adapter and the shared encoder starts behind it.
+      adapter: First block of the trained configuration: "conv", the planned network's own, or "linear", a 1x1x1
+        convolution as in FedCMT's published code (see `LinearAdapterUNet`; it cannot learn from one input channel).
+        "linear" needs the ExperimentPlanner, a 3D configuration and ``extra_stem_convolution``.
       samples_per_case: Foreground voxels a site draws per case for its fingerprint.
       min_cases: Fewest training cases a site sends statistics of.
     """
@@ -88,6 +93,7 @@ class PlanningOptions:
     batch_size: int | None = None
     max_stages: int | None = None
     extra_stem_convolution: bool = False
+    adapter: str = "conv"
     samples_per_case: int = 10_000
     min_cases: int = 5
 
@@ -95,6 +101,7 @@ class PlanningOptions:
         bin_policy(self.mode)
         _check_choice("planner", self.planner, tuple(PLANNERS))
         _check_choice("configuration", self.configuration, CONFIGURATIONS)
+        _check_choice("adapter", self.adapter, ADAPTERS)
         for name, least in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -116,6 +123,20 @@ class PlanningOptions:
             raise ValueError(
                 f"planning.extra_stem_convolution is for PlainConvUNet; {self.planner} plans a residual encoder, whose "
                 "stem is already separate. Leave it out."
+            )
+        if self.adapter == "linear":
+            self._check_linear_adapter()
+
+    def _check_linear_adapter(self) -> None:
+        where = "planning.adapter is 'linear', a first block for 3D PlainConvUNets"
+        if self.planner != "ExperimentPlanner":
+            raise ValueError(f"{where}, but {self.planner} plans a residual encoder. Use 'conv' or ExperimentPlanner.")
+        if self.configuration == "2d":
+            raise ValueError(f"{where}, but planning.configuration is '2d'. Use 'conv' or a 3D configuration.")
+        if not self.extra_stem_convolution:
+            raise ValueError(
+                f"{where} with the shared encoder behind it, but planning.extra_stem_convolution is false. Set it to "
+                "true."
             )
 
     @classmethod
@@ -388,6 +409,9 @@ def _finish(configuration: dict[str, Any], options: PlanningOptions) -> None:
     if options.extra_stem_convolution:
         arch_kwargs = configuration["architecture"]["arch_kwargs"]
         arch_kwargs[_convolutions(arch_kwargs)][0] += 1
+    if options.adapter == "linear":
+        network = f"{LinearAdapterUNet.__module__}.{LinearAdapterUNet.__qualname__}"
+        configuration["architecture"]["network_class_name"] = network
 
 
 def _architecture_fields(plans: Plans) -> dict[str, str]:
