@@ -80,7 +80,7 @@ def _site(root: Path, steps: int, rounds: int) -> tuple[Site, dict, dict[str, to
     introduction = Message({"job": "bench", "seed": 0, "planning": PLANNING})
     answer = site.handle(Task.FINGERPRINT, introduction)
     fingerprints, modalities = {"bench": answer.meta["fingerprint"]}, {"bench": answer.meta["modality"]}
-    plans = planner.plan(fingerprints)
+    plans = planner.plan(fingerprints, {})
     site.handle(Task.PREPARE, Message({"plans": plans["bench"], "num_rounds": rounds, "resume": False}))
     own = next((root / "preprocessed" / "Dataset901_Bench").glob("nnUNetPlans_bench_*.json"))
     return site, _read(own), planner.initial(plans, fingerprints, modalities, algorithm.scopes)

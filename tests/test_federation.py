@@ -1,5 +1,6 @@
 """The federation's loop over plain Python sites that add a constant to what they receive."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from fedcmt.algorithms.fedavg import FedAvg, weighted_mean
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import ServerConfig
 from fedcmt.federation import Federation, FederationError
+from fedcmt.json_file import read_json
 from fedcmt.messages import Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import Params, load_tensors
@@ -46,7 +48,8 @@ class ConstantSite:
             return Message({"report": {"cases": self.cases}})
         round_idx = message.meta["round"]
         metrics = {"val_dice_received": self.dice[round_idx]} if self.dice else {}
-        delta = {name: torch.full_like(tensor, self.step) for name, tensor in message.tensors.items()}
+        trained = [name for name in message.tensors if name not in message.meta["frozen"]]
+        delta = {name: torch.full_like(message.tensors[name], self.step) for name in trained}
         return Message({"round": round_idx, "num_steps": 1, "metrics": {"loss": self.step, **metrics}}, delta)
 
 
@@ -74,10 +77,13 @@ class DirectChannel:
 
 
 class GivenPlanner:
-    """Plans nothing; the initial model is given."""
+    """Plans nothing; the initial model is given. Remembers for which sites one was wanted."""
 
-    def plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
-        return {site: {"for": site, **fingerprint} for site, fingerprint in fingerprints.items()}
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def plan(self, fingerprints: Mapping[str, dict], known: Mapping[str, dict]) -> dict[str, dict]:
+        return {site: {"for": site, **fingerprint} for site, fingerprint in fingerprints.items()} | dict(known)
 
     def initial(
         self,
@@ -86,7 +92,9 @@ class GivenPlanner:
         modalities: Mapping[str, str],
         rules: ScopeRules,
     ) -> Params:
-        return {name: tensor.clone() for name, tensor in INITIAL.items()}
+        self.asked.append(sorted(plans))
+        names = {"w", *(f"g@{modality.lower()}" for modality in modalities.values())}
+        return {name: tensor.clone() for name, tensor in INITIAL.items() if name in names}
 
 
 class Momentum(FedAvg):
@@ -123,11 +131,12 @@ def run(
     min_sites: int | None = None,
     job: str = "tiny",
     resume: bool = False,
+    planner: GivenPlanner | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     config = ServerConfig(num_rounds=rounds, min_sites=min_sites, seed=3)
     federation = Federation(
-        algorithm or FedAvg(), GivenPlanner(), config, job=job, folder=folder, resume=resume, **more
+        algorithm or FedAvg(), planner or GivenPlanner(), config, job=job, folder=folder, resume=resume, **more
     )
     return federation.run(channel, list(reversed(channel.sites)))
 
@@ -192,7 +201,7 @@ def test_each_round_reports_the_mean_of_common_metrics(tmp_path: Path) -> None:
     sites["a"].dice = [0.5, 0.5]
     run(tmp_path, DirectChannel(sites), rounds=2, on_round=lambda idx, metrics: seen.append((idx, dict(metrics))))
     loss = (1 + 2 + 4) / 3
-    assert seen == [(0, {"loss": pytest.approx(loss)}), (1, {"loss": pytest.approx(loss)})]
+    assert seen == [(0, {"mean_loss": pytest.approx(loss)}), (1, {"mean_loss": pytest.approx(loss)})]
 
 
 def test_a_failing_site_costs_its_own_part_when_the_job_allows(
@@ -386,3 +395,58 @@ def test_too_few_finished_sites_end_the_job_by_name(tmp_path: Path) -> None:
     channel = DirectChannel(three_sites(), {(Task.FINISH, "b", None): lambda m: Failure("disk full")})
     with pytest.raises(FederationError, match="Site 'b': disk full"):
         run(tmp_path, channel)
+
+
+def test_a_site_that_joins_changes_nothing_of_the_others(tmp_path: Path) -> None:
+    founders = {"a": ConstantSite(1.0, 1), "b": ConstantSite(2.0, 3)}
+    run(tmp_path, DirectChannel(founders), FedCMT(), rounds=2)
+    before, meta = load_tensors(tmp_path / "state.safetensors")
+    plans, planner = read_json(tmp_path / "plans.json"), GivenPlanner()
+    channel = DirectChannel({**founders, "c": ConstantSite(4.0, 4, modality="CT")})
+    run(tmp_path, channel, FedCMT(), rounds=3, resume=True, planner=planner)
+    assert planner.asked == [["c"]]
+    assert [message.meta["plans"] for message in channel.of(Task.PREPARE, "a")] == [plans["a"]]
+    (received,) = channel.of(Task.TRAIN, "a")
+    assert all(torch.equal(received.tensors[name], before[f"params/{name}"]) for name in ("w", "g@mr"))
+    (theirs,) = channel.of(Task.TRAIN, "c")
+    assert theirs.meta["frozen"] == ["w"]  # its adapter is new, so it trains
+    assert torch.equal(theirs.tensors["g@ct"], INITIAL["g@ct"])
+    after, record = load_tensors(tmp_path / "state.safetensors")[0], load_tensors(tmp_path / "state.safetensors")[1]
+    alone = run_two_more(tmp_path / "alone", founders)
+    assert all(torch.equal(after[name], alone[name]) for name in before)  # momentum buffers are among them
+    assert record["record"]["round"] == 3
+    assert {s: record["record"]["agreement"][s] for s in founders} == meta_of(tmp_path / "alone")["agreement"]
+    assert meta["record"]["num_rounds"] == record["record"]["num_rounds"]
+
+
+def run_two_more(folder: Path, founders: dict[str, ConstantSite]) -> dict[str, Tensor]:
+    """The founders' third round as it would have been without a newcomer."""
+    run(folder, DirectChannel(founders), FedCMT(), rounds=2)
+    run(folder, DirectChannel(founders), FedCMT(), rounds=3, resume=True)
+    return load_tensors(folder / "state.safetensors")[0]
+
+
+def meta_of(folder: Path) -> dict[str, Any]:
+    return load_tensors(folder / "state.safetensors")[1]["record"]
+
+
+def test_a_site_leaves_and_comes_back_with_its_agreement(tmp_path: Path) -> None:
+    sites = three_sites()
+    run(tmp_path, DirectChannel(sites), FedCMT(), rounds=1)
+    kept = meta_of(tmp_path)["agreement"]["c"]
+    run(tmp_path, DirectChannel({s: sites[s] for s in "ab"}), FedCMT(), rounds=2, resume=True)
+    assert meta_of(tmp_path)["agreement"]["c"] == kept
+    assert torch.equal(stored(tmp_path)["g@ct"], INITIAL["g@ct"] + 4.0)  # a group without members stays
+    channel = DirectChannel(sites)
+    run(tmp_path, channel, FedCMT(), rounds=3, resume=True)
+    assert [message.meta["frozen"] for message in channel.of(Task.TRAIN, "c")] == [[]]  # no warm start again
+    assert meta_of(tmp_path)["joined"]["c"] == {"first_round": 2, "own": []}
+
+
+def test_each_round_is_a_line_for_machines(tmp_path: Path) -> None:
+    run(tmp_path, DirectChannel(three_sites()), FedCMT(), rounds=2)
+    rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1]
+    assert rows[0]["sites"]["b"] == {"loss": 2.0}
+    assert {"weight/a", "agreement/b", "norm/c", "cosine/a-b", "step_norm", "step_cosine/c"} <= set(rows[0]["server"])
+    assert rows[0]["server"]["norm/c"] == pytest.approx(4 * math.sqrt(3))

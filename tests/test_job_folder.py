@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from fedcmt.config import SERVER_CONFIG, ConfigError, JobConfig
-from fedcmt.job_folder import Override, cohort_of, demo_profile, find_job, materialise, parse_override
+from fedcmt.job_folder import (
+    Override,
+    add_site,
+    apply_overrides,
+    cohort_of,
+    demo_profile,
+    find_job,
+    parse_override,
+    remove_site,
+    stage,
+)
 from fedcmt.json_file import read_json
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
@@ -19,7 +29,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def made(job: Path, *overrides: Override) -> Path:
     target = job.parents[1] / "workspace" / "job"
-    materialise(job, target, overrides)
+    stage(job, target)
+    apply_overrides(target, overrides)
     return target
 
 
@@ -137,13 +148,54 @@ def test_a_cohort_may_be_another_job_s(job_folder: Path) -> None:
 
 
 def test_an_override_without_a_key_is_refused(tmp_path: Path) -> None:
+    stage(JOBS / "brats_sdl", tmp_path / "job")
     with pytest.raises(ConfigError, match=r"expected TARGET\.KEY"):
-        materialise(JOBS / "brats_sdl", tmp_path / "job", [("server", 1)])
+        apply_overrides(tmp_path / "job", [("server", 1)])
 
 
 def test_a_job_is_never_copied_onto_itself(tmp_path: Path) -> None:
     source = tmp_path / "job"
     shutil.copytree(JOBS / "brats_sdl", source)
     with pytest.raises(ConfigError, match="inside the job folder"):
-        materialise(source, source / "copy", [])
+        stage(source, source / "copy")
     assert (source / "meta.json").exists()
+
+
+def newcomer(tmp_path: Path, **changes: object) -> Path:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"dataset_id": 77, "modality": "CT"} | changes))
+    return file
+
+
+def test_a_site_that_joins_has_its_own_config_and_the_job_s_algorithm(job_folder: Path, tmp_path: Path) -> None:
+    job = made(job_folder, ("algorithm.radius", 0.2))
+    add_site(job, "west", newcomer(tmp_path))
+    config = JobConfig.from_folder(job)  # checks that all halves of the algorithm agree
+    assert config.sites["west"].dataset_id == 77
+    assert config.algorithm["args"] == {"radius": 0.2}
+    meta = read_json(job / "meta.json")
+    assert meta["min_clients"] == len(meta["mandatory_clients"]) == len(config.sites)
+    assert "west" in meta["mandatory_clients"]
+
+
+@pytest.mark.parametrize("name", ["server", "sites", "", "a.b", "../x", "client1"])
+def test_a_site_cannot_join_under_a_name_that_is_taken_or_no_name(tmp_path: Path, name: str) -> None:
+    stage(JOBS / "brats_sdl", tmp_path / "job")
+    with pytest.raises(ConfigError, match="--add-site"):
+        add_site(tmp_path / "job", name, newcomer(tmp_path))
+    assert set(JobConfig.from_folder(tmp_path / "job").sites) == {"client1", "client2"}
+
+
+def test_a_site_cannot_join_without_a_configuration(tmp_path: Path) -> None:
+    stage(JOBS / "brats_sdl", tmp_path / "job")
+    with pytest.raises(ConfigError, match=r"no site\.json there"):
+        add_site(tmp_path / "job", "west", tmp_path / "nowhere")
+
+
+def test_a_site_leaves_and_the_last_one_stays(tmp_path: Path) -> None:
+    stage(JOBS / "brats_sdl", tmp_path / "job")
+    remove_site(tmp_path / "job", "client1")
+    assert set(JobConfig.from_folder(tmp_path / "job").sites) == {"client2"}
+    for name in ("client1", "client2"):
+        with pytest.raises(ConfigError, match=f"--remove-site {name}"):
+            remove_site(tmp_path / "job", name)

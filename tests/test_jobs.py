@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fedcmt.config import SERVER_CONFIG, JobConfig, build_algorithm, component
-from fedcmt.job_folder import cohort_of, demo_profile, find_job, materialise
+from fedcmt.data.split import dataset_names
+from fedcmt.job_folder import apply_overrides, cohort_of, demo_profile, find_job, stage
 from fedcmt.json_file import read_json
 from fedcmt.nnunet.plans import PlanningOptions
 
@@ -106,7 +107,8 @@ def test_the_job_is_valid_as_it_is(job: Path) -> None:
 @EVERY_JOB
 def test_the_demo_gives_a_valid_job_on_its_own_cohort(job: Path, tmp_path: Path) -> None:
     demo = demo_profile(job) or {"set": {}, "cohort": {}}
-    materialise(job, tmp_path / "job", demo["set"].items())
+    stage(job, tmp_path / "job")
+    apply_overrides(tmp_path / "job", demo["set"].items())
     config = JobConfig.from_folder(tmp_path / "job")
     PlanningOptions.from_dict(config.server.planning)
     generated = sorted(int(name[len("Dataset") :][:3]) for name in demo["cohort"])
@@ -128,8 +130,7 @@ def config_value(config: JobConfig, key: str) -> object:
 def test_sites_use_the_data_sets_that_the_cohort_cuts(job: Path) -> None:
     cohort = cohort_of(job)
     assert cohort is not None
-    cut = {name for names in cohort["domains"].values() for name in names} | {cohort["pooled"]}
-    ids = {int(name[len("Dataset") :][:3]) for name in cut}
+    ids = {int(name[len("Dataset") :][:3]) for name in dataset_names(cohort)}
     assert {site.dataset_id for site in JobConfig.from_folder(job).sites.values()} <= ids
 
 

@@ -61,7 +61,7 @@ def prepared(folder: Path, algorithm: Algorithm, name: str = "north") -> tuple[S
     planner = FederatedPlanner(PLANNING, seed=5)
     answer = site.handle(Task.FINGERPRINT, Message({"job": "job", "seed": 5, "planning": PLANNING}))
     fingerprints = {name: answer.meta["fingerprint"]}
-    plans = planner.plan(fingerprints)
+    plans = planner.plan(fingerprints, {})
     ready = site.handle(Task.PREPARE, Message({"plans": plans[name], "num_rounds": 2, "resume": False}))
     initial = planner.initial(plans, fingerprints, {name: answer.meta["modality"]}, algorithm.scopes)
     return site, {key: initial[key] for key in ready.meta["wire_shapes"]}
@@ -73,7 +73,7 @@ def added(payload: Params, update: Params) -> Params:
 
 def test_an_update_holds_what_was_received_and_nothing_personal(folders: Path) -> None:
     site, payload = prepared(folders / "site", FedCMT())
-    answer = site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     assert set(answer.tensors) == set(payload)
     assert not any(name.startswith("decoder.") for name in answer.tensors)
     assert {name for name in payload if "@" in name} == {
@@ -88,7 +88,7 @@ def test_an_update_holds_what_was_received_and_nothing_personal(folders: Path) -
 
 def test_received_plus_update_is_the_model_on_disk(folders: Path) -> None:
     site, payload = prepared(folders / "site", FedAvg())
-    answer = site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     last, _ = load_tensors(folders / "site" / "last.safetensors")
     for name, tensor in added(payload, answer.tensors).items():
         torch.testing.assert_close(last[f"network/{name}"], tensor)
@@ -96,24 +96,24 @@ def test_received_plus_update_is_the_model_on_disk(folders: Path) -> None:
 
 def test_a_restarted_site_goes_on_to_the_bit(folders: Path) -> None:
     steady, payload = prepared(folders / "steady", FedCMT())
-    first = steady.handle(Task.TRAIN, Message({"round": 0}, payload))
-    second = steady.handle(Task.TRAIN, Message({"round": 1}, added(payload, first.tensors)))
+    first = steady.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
+    second = steady.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, added(payload, first.tensors)))
     stopped, _ = prepared(folders / "stopped", FedCMT())
-    again = stopped.handle(Task.TRAIN, Message({"round": 0}, payload))
+    again = stopped.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     restarted = Site("north", CONFIG, FedCMT(), folders / "stopped")
-    other = restarted.handle(Task.TRAIN, Message({"round": 1}, added(payload, again.tensors)))
+    other = restarted.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, added(payload, again.tensors)))
     assert all(torch.equal(second.tensors[name], other.tensors[name]) for name in payload)
     assert second.meta["metrics"] == other.meta["metrics"]
 
 
 def test_sites_in_one_process_do_not_disturb_each_other(folders: Path) -> None:
     alone, payload = prepared(folders / "alone", FedAvg())
-    expected = alone.handle(Task.TRAIN, Message({"round": 0}, payload))
+    expected = alone.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     site, _ = prepared(folders / "site", FedAvg())
     neighbour, _ = prepared(folders / "neighbour", FedAvg(), name="south")
-    neighbour.handle(Task.TRAIN, Message({"round": 0}, payload))
+    neighbour.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     torch.rand(7)
-    answer = site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     assert all(torch.equal(expected.tensors[name], answer.tensors[name]) for name in payload)
 
 
@@ -127,7 +127,7 @@ def test_a_payload_that_does_not_fit_changes_nothing(folders: Path) -> None:
     ]
     for tensors in wrong:
         with pytest.raises(ParameterError):
-            site.handle(Task.TRAIN, Message({"round": 0}, tensors))
+            site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, tensors))
     _, meta = load_tensors(folders / "site" / "last.safetensors")
     assert meta["round"] == -1
 
@@ -138,31 +138,31 @@ def test_a_personal_tensor_in_an_answer_is_refused(folders: Path, monkeypatch: p
     leak = {"decoder.seg_layers.0.weight": torch.ones(1)}
     monkeypatch.setattr(FedCMT, "local_extras", lambda self, network: leak)
     with pytest.raises(PersonalTensorError, match=r"decoder\.seg_layers\.0\.weight"):
-        site.handle(Task.TRAIN, Message({"round": 0}, payload))
+        site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     assert (folders / "site" / "egress.jsonl").read_text() == rows
 
 
 def test_a_diverged_round_is_an_error_and_leaves_the_model_of_the_round_before(folders: Path) -> None:
     site, payload = prepared(folders / "site", FedCMT())
-    site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     before = (folders / "site" / "last.safetensors").read_bytes()
     poisoned = {name: torch.full_like(tensor, float("nan")) for name, tensor in payload.items()}
     with pytest.raises(DivergedError, match=r"round 2 is not finite"):
-        site.handle(Task.TRAIN, Message({"round": 1}, poisoned))
+        site.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, poisoned))
     assert (folders / "site" / "last.safetensors").read_bytes() == before
-    answer = site.handle(Task.TRAIN, Message({"round": 1}, payload))
+    answer = site.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, payload))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in answer.tensors.values())
 
 
 def test_an_abort_stops_between_steps(folders: Path) -> None:
     site, payload = prepared(folders / "site", FedAvg())
     with pytest.raises(Aborted, match="round 1 at step 1"):
-        site.handle(Task.TRAIN, Message({"round": 0}, payload), stop=lambda: True)
+        site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload), stop=lambda: True)
 
 
 def test_the_exported_folder_holds_the_last_model_in_every_alias(folders: Path) -> None:
     site, payload = prepared(folders / "site", FedCMT())
-    site.handle(Task.TRAIN, Message({"round": 0}, payload))
+    site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     report = site.handle(Task.FINISH, Message({})).meta["report"]
     weights = torch.load(
         folders / "results" / report["model_folder"] / "fold_all" / "checkpoint_final.pth", weights_only=True

@@ -17,6 +17,9 @@ from fedcmt.json_file import read_json
 
 SERVER_CONFIG = Path("server/config/config_fed_server.json")
 
+TASKS = ("segmentation", "classification")
+CLASS_SOURCES = ("classes.json", "classes.csv", "majority")
+
 _T = TypeVar("_T")
 
 
@@ -90,8 +93,11 @@ class SiteConfig:
     """nnU-Net dataset id under ``nnUNet_raw``."""
     modality: str
     """Sites of one modality share their group tensors, e.g. "MR" or "CT"."""
-    task: Literal["segmentation"] = "segmentation"
-    """What the site trains for."""
+    task: Literal["segmentation", "classification"] = "segmentation"
+    """What the site trains for: label maps, or one class per case."""
+    classes: Literal["classes.json", "classes.csv", "majority"] = "classes.json"
+    """Classification only: where a case's class stands, a file beside dataset.json or its label image (the label with
+    most voxels)."""
     channels: list[str] | None = None
     """Channel names the data set must have, in this order; null accepts dataset.json's."""
     fold: int | Literal["all"] = 0
@@ -140,7 +146,8 @@ class SiteConfig:
             config.modality,
             "e.g. MR or CT",
         )
-        _require(config.task == "segmentation", where, "task", config.task, "segmentation")
+        _require(config.task in TASKS, where, "task", config.task, " or ".join(TASKS))
+        _require(config.classes in CLASS_SOURCES, where, "classes", config.classes, ", ".join(CLASS_SOURCES))
         fold_ok = config.fold == "all" or (_is_int(config.fold) and 0 <= config.fold <= 4)
         _require(fold_ok, where, "fold", config.fold, '0 to 4, or "all"')
         for key, least in (("local_steps", 1), ("val_every", 1), ("val_batches", 1), ("num_processes", 1)):

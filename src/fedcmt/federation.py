@@ -4,6 +4,7 @@ The same object runs under FLARE (`fedcmt.flare.server`) and in one process (`fe
 FLARE nor nnU-Net.
 """
 
+import json
 import logging
 import math
 import time
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 from fedcmt.algorithms.base import Algorithm, Participant, State, Update
 from fedcmt.config import ServerConfig
+from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors
@@ -27,8 +29,8 @@ class FederationError(RuntimeError):
 class Planner(Protocol):
     """The server's planning, without images: `fedcmt.nnunet.planner.FederatedPlanner`."""
 
-    def plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
-        """Site to the plans it is to install."""
+    def plan(self, fingerprints: Mapping[str, dict], known: Mapping[str, dict]) -> dict[str, dict]:
+        """Site to the plans it is to install: known ones stay, and further sites get the same architecture."""
         ...
 
     def initial(
@@ -52,7 +54,8 @@ class Federation:
       job: The job's name.
       folder: Where the server keeps its state; one file per kind, replaced atomically each round.
       resume: Continue after the last round in ``folder`` instead of starting anew.
-      on_round: Called after each round with its 0-based index and the mean metrics, e.g. for TensorBoard.
+      on_round: Called after each round with its 0-based index and curves (mean metrics, what the algorithm logs), e.g.
+        for TensorBoard.
     """
 
     def __init__(
@@ -82,19 +85,20 @@ class Federation:
         """
         started = time.monotonic()
         sites = sorted(sites)
+        stored = self._load_state("state") if self._resume else None
         introductions = self._ask_all(channel, Task.FINGERPRINT, {s: self._introduction() for s in sites})
         fingerprints = {s: answer.meta["fingerprint"] for s, answer in introductions.items()}
         modalities = {s: answer.meta["modality"] for s, answer in introductions.items()}
-        plans = self._planner.plan(fingerprints)
-        participants = self._prepare(channel, plans, modalities)
-        state, first_round = self._first_state(plans, fingerprints, participants)
-        best = self._best_so_far() if first_round else (-math.inf, None)
+        plans = self._plan(fingerprints)
+        participants = self._prepare(channel, {site: plans[site] for site in sites}, modalities)
+        state, first_round = self._first_state(stored, plans, fingerprints, participants)
+        best = (-math.inf, None) if stored is None else tuple(stored[1]["best"])
         for round_idx in range(first_round, self._config.num_rounds):
             received = state
             state, updates = self._round(channel, round_idx, received, participants)
             best = self._keep_best(best, round_idx, received, updates)
-            self._save_state("state", state, {"round": round_idx, "best": best})
-            self._on_round(round_idx, _mean_metrics(updates))
+            self._save_state("state", state, {"round": round_idx, "best": best, "sites": sites})
+            self._report_round(round_idx, state, updates)
         reports, failed = self._finish(channel, state, participants)
         return {
             "job": self._job,
@@ -108,6 +112,13 @@ class Federation:
 
     def _introduction(self) -> Message:
         return Message({"job": self._job, "seed": self._config.seed, "planning": self._config.planning})
+
+    def _plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
+        """Plans of every site; those of a run that is resumed stay, whoever has joined or left."""
+        path = self._folder / "plans.json"
+        plans = self._planner.plan(fingerprints, read_json(path) if self._resume else {})
+        write_json(path, plans)
+        return plans
 
     def _prepare(self, channel: Channel, plans: Mapping[str, dict], modalities: Mapping[str, str]) -> list[Participant]:
         requests = {
@@ -129,25 +140,54 @@ class Federation:
         return participants
 
     def _first_state(
-        self, plans: Mapping[str, dict], fingerprints: Mapping[str, dict], participants: Sequence[Participant]
+        self,
+        stored: tuple[State, dict] | None,
+        plans: Mapping[str, dict],
+        fingerprints: Mapping[str, dict],
+        participants: Sequence[Participant],
     ) -> tuple[State, int]:
-        if self._resume:
-            state, meta = self._load_state("state")
-            first_round = meta["round"] + 1
-            if first_round > self._config.num_rounds:
-                raise FederationError(
-                    f"--resume: this run has finished {first_round} rounds, not {self._config.num_rounds} or fewer"
-                )
-            logger.info("resuming after round %d of %d", first_round, self._config.num_rounds)
-        else:
+        """The state to go on from, checked against every site, and the index of the first round."""
+
+        def initial(sites: Sequence[Participant]) -> Params:
+            names = {site.name: site.modality for site in sites}
+            return self._planner.initial(
+                {name: plans[name] for name in names},
+                {name: fingerprints[name] for name in names},
+                names,
+                self._algorithm.scopes,
+            )
+
+        if stored is None:
             first_round = 0
-            modalities = {site.name: site.modality for site in participants}
-            initial = self._planner.initial(plans, fingerprints, modalities, self._algorithm.scopes)
-            state = self._algorithm.init(initial, participants, self._config.num_rounds)
+            state = self._algorithm.init(initial(participants), participants, self._config.num_rounds)
+        else:
+            state, first_round = self._resumed(*stored, participants, initial)
         for site in participants:
             held = {name: state.params[name] for name in site.wire_shapes if name in state.params}
             where = f"site {site.name!r} against the server's initial model"
             check_shapes(held, dict(site.wire_shapes), where=where)
+        return state, first_round
+
+    def _resumed(
+        self,
+        state: State,
+        meta: Mapping[str, Any],
+        participants: Sequence[Participant],
+        initial: Callable[[Sequence[Participant]], Params],
+    ) -> tuple[State, int]:
+        """The stored state, with the sites registered that were not in its last round."""
+        first_round = meta["round"] + 1
+        if first_round > self._config.num_rounds:
+            raise FederationError(
+                f"--resume: this run has finished {first_round} rounds, not {self._config.num_rounds} or fewer"
+            )
+        logger.info("resuming after round %d of %d", first_round, self._config.num_rounds)
+        for site in participants:
+            if site.name not in meta["sites"]:
+                state = self._algorithm.register(state, site, initial([site]))
+                logger.info("site %s joins after round %d", site.name, first_round)
+        if left := sorted(set(meta["sites"]) - {site.name for site in participants}):
+            logger.info("without sites %s, which took part before", left)
         return state, first_round
 
     def _round(
@@ -177,7 +217,8 @@ class Federation:
         requests = {}
         for site in turn:
             payload = self._algorithm.payload(state, site)
-            requests[site.name] = Message({"round": round_idx}, payload.tensors, payload.extras)
+            meta = {"round": round_idx, "frozen": sorted(payload.frozen)}
+            requests[site.name] = Message(meta, payload.tensors, payload.extras)
         answers = channel.exchange(Task.TRAIN, requests)
         updates: dict[str, Update] = {}
         failures: dict[str, str] = {}
@@ -187,7 +228,7 @@ class Federation:
                 failures[site.name] = answer.reason
                 continue
             try:
-                updates[site.name] = _read_update(answer, site, round_idx)
+                updates[site.name] = _read_update(answer, site, requests[site.name])
             except ParameterError as error:
                 failures[site.name] = str(error)
                 logger.warning("round %d: %s; its update is left out", round_idx + 1, error)
@@ -221,16 +262,17 @@ class Federation:
     def _keep_best(
         self, best: tuple[float, int | None], round_idx: int, state: State, updates: Mapping[str, Update]
     ) -> tuple[float, int | None]:
-        """Keep the state that was *received* this round if its mean validation Dice over sites is the best yet."""
-        dice = _mean_metrics(updates).get("val_dice_received")
-        if dice is None or dice <= best[0]:
-            return best
-        self._save_state("best", state, {"round": round_idx, "best": (dice, round_idx)})
-        return dice, round_idx
+        """Keep the state that was *received* this round if its mean validation score over sites is the best yet.
 
-    def _best_so_far(self) -> tuple[float, int | None]:
-        _, meta = self._load_state("state")
-        return tuple(meta["best"])
+        The score is Dice where a site segments and accuracy where it classifies, both in [0, 1].
+        """
+        scores = [_received_score(update) for update in updates.values()]
+        known = [score for score in scores if score is not None]
+        if len(known) < len(scores) or not known or sum(known) / len(known) <= best[0]:
+            return best
+        best = sum(known) / len(known), round_idx
+        self._save_state("best", state, {"round": round_idx, "best": best})
+        return best
 
     def _save_state(self, stem: str, state: State, meta: Mapping[str, Any]) -> None:
         tensors = {f"params/{n}": t for n, t in state.params.items()} | {
@@ -248,6 +290,15 @@ class Federation:
         }
         return State(parts["params"], parts["memory"], meta["record"]), meta
 
+    def _report_round(self, round_idx: int, state: State, updates: Mapping[str, Update]) -> None:
+        """Curves to whoever watches, and a line for machines in ``rounds.jsonl``."""
+        curves = state.record.get("curves", {})
+        row = {"round": round_idx, "sites": {s: dict(u.metrics) for s, u in updates.items()}, "server": curves}
+        with (self._folder / "rounds.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        means = {f"mean_{name}": value for name, value in _mean_metrics(updates).items()}
+        self._on_round(round_idx, {**means, **curves})
+
     def _log_round(self, round_idx: int, updates: Mapping[str, Update], failures: Mapping[str, str]) -> None:
         means = _mean_metrics(updates)
         values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(means.items()))
@@ -262,13 +313,13 @@ class Federation:
         )
 
 
-def _read_update(answer: Message, site: Participant, round_idx: int) -> Update:
-    """The update in a site's answer.
+def _read_update(answer: Message, site: Participant, request: Message) -> Update:
+    """The update in a site's answer to a request.
 
     Raises:
       ParameterError: If it is of another round, or a tensor is missing, unknown, of another shape or not finite.
     """
-    where = f"update of site {site.name!r}"
+    where, round_idx = f"update of site {site.name!r}", request.meta["round"]
     if answer.meta.get("round") != round_idx:
         raise ParameterError(f"{where}: is of round {answer.meta.get('round')}, expected {round_idx}")
     steps, metrics = answer.meta.get("num_steps"), answer.meta.get("metrics")
@@ -276,7 +327,8 @@ def _read_update(answer: Message, site: Participant, round_idx: int) -> Update:
         raise ParameterError(f"{where}: num_steps is {steps!r}, expected a whole number from 1")
     if not isinstance(metrics, dict) or not all(isinstance(v, float) and math.isfinite(v) for v in metrics.values()):
         raise ParameterError(f"{where}: metrics are {metrics!r}, expected finite numbers by name")
-    check_shapes(answer.tensors, dict(site.wire_shapes), where=where)
+    expected = {name: shape for name, shape in site.wire_shapes.items() if name not in request.meta["frozen"]}
+    check_shapes(answer.tensors, expected, where=where)
     check_finite(answer.tensors, where=where)
     check_finite(answer.extras, where=where)
     return Update(
@@ -296,6 +348,11 @@ def _warn_of_lonely_channels(participants: Sequence[Participant]) -> None:
             names = [p.name for p in sites if channel in p.channels]
             if len(sites) > 1 and len(names) == 1:
                 logger.warning("only site %s has %s channel %r; misspelt?", names[0], modality, channel)
+
+
+def _received_score(update: Update) -> float | None:
+    """A site's validation score of the model it received; None in rounds without validation."""
+    return next((v for n, v in update.metrics.items() if n.startswith("val_") and n.endswith("_received")), None)
 
 
 def _mean_metrics(updates: Mapping[str, Update]) -> dict[str, float]:

@@ -63,7 +63,7 @@ def run_in_process(job: JobConfig, workspace: Path, *, resume: bool = False) -> 
         job=job.name,
         folder=workspace / "server",
         resume=resume,
-        on_round=lambda round_idx, metrics: _report(writers["server"], round_idx, metrics),
+        on_round=lambda round_idx, curves: _report(writers["server"], round_idx, curves),
     )
     try:
         return federation.run(InProcessChannel(sites), list(sites))
@@ -74,9 +74,9 @@ def run_in_process(job: JobConfig, workspace: Path, *, resume: bool = False) -> 
             writer.close()
 
 
-def _report(writer: SummaryWriter, round_idx: int, metrics: Mapping[str, float]) -> None:
-    for tag, value in metrics.items():
-        writer.add_scalar(f"mean_{tag}", value, round_idx)
+def _report(writer: SummaryWriter, round_idx: int, curves: Mapping[str, float]) -> None:
+    for tag, value in curves.items():
+        writer.add_scalar(tag, value, round_idx)
 
 
 def _copied(message: Message) -> Message:

@@ -2,6 +2,7 @@
 to."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 from fedcmt.config import SERVER_CONFIG, ConfigError, component, site_apps, workflow_args
 from fedcmt.json_file import read_json, write_json
+
+_NOT_FLARE_S = ("demo.json", "cohort.json", "newcomer.json", "README.md")
+_RESERVED = ("server", "algorithm", "sites")
 
 Override = tuple[str, Any]
 """("target.key.key", value); the target is ``server``, ``algorithm``, ``sites`` (all of them) or one site's name."""
@@ -42,17 +46,75 @@ def parse_override(text: str) -> Override:
         return key, value
 
 
-def materialise(source: Path, target: Path, overrides: Iterable[Override]) -> None:
-    """Copy a job folder and apply overrides to the copy.
+def stage(source: Path, target: Path) -> None:
+    """Copy a job folder, replacing what is at ``target``.
 
     Raises:
-      ConfigError: If an override names an unknown target.
+      ConfigError: If the target is inside the job folder.
     """
     if source.resolve() == target.resolve() or source.resolve() in target.resolve().parents:
         raise ConfigError(f"{target} is inside the job folder {source}; give --workspace another folder")
     if target.exists():
         shutil.rmtree(target)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("demo.json", "cohort.json", "README.md"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_FLARE_S))
+
+
+def add_site(folder: Path, name: str, config: Path) -> None:
+    """Give a staged job one more site, which runs the other sites' algorithm.
+
+    Args:
+      folder: The staged job.
+      name: The site's name, new to the job.
+      config: The site's ``site.json``, or a folder that holds it or ``config/site.json``.
+
+    Raises:
+      ConfigError: If the name is taken or unusable, or there is no site.json.
+    """
+    apps = site_apps(folder)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in _RESERVED:
+        raise ConfigError(f"--add-site {name!r}: expected SITE=CONFIG with SITE of letters, digits, _ and -")
+    if name in apps:
+        raise ConfigError(f"--add-site {name}: the job has this site already; its sites are {sorted(apps)}")
+    candidates = (config, config / "site.json", config / "config" / "site.json")
+    file = next((path for path in candidates if path.is_file()), None)
+    if file is None:
+        raise ConfigError(f"--add-site {name}={config}: no site.json there; see jobs/README.md for what it holds")
+    own = folder / name / "config"
+    own.mkdir(parents=True)
+    shutil.copyfile(file, own / "site.json")
+    first = next(iter(apps.values()))
+    shutil.copyfile(folder / first / "config" / "config_fed_client.json", own / "config_fed_client.json")
+    meta = read_json(folder / "meta.json")
+    meta["deploy_map"][name] = [name]
+    _write_meta(folder, meta)
+
+
+def remove_site(folder: Path, name: str) -> None:
+    """Take a site out of a staged job.
+
+    Raises:
+      ConfigError: If the job has no such site, or no other.
+    """
+    apps = site_apps(folder)
+    if name not in apps or len(apps) == 1:
+        raise ConfigError(f"--remove-site {name}: expected one of several sites of the job, which are {sorted(apps)}")
+    meta = read_json(folder / "meta.json")
+    del meta["deploy_map"][apps[name]]
+    shutil.rmtree(folder / apps[name])
+    _write_meta(folder, meta)
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    sites = [site for app in meta["deploy_map"].values() for site in app if site != "server"]
+    write_json(folder / "meta.json", {**meta, "min_clients": len(sites), "mandatory_clients": sites}, indent=2)
+
+
+def apply_overrides(target: Path, overrides: Iterable[Override]) -> None:
+    """Apply overrides to a staged job.
+
+    Raises:
+      ConfigError: If an override names an unknown target.
+    """
     sites = site_apps(target)
     for key, value in overrides:
         who, *path = key.split(".")
@@ -74,20 +136,21 @@ def materialise(source: Path, target: Path, overrides: Iterable[Override]) -> No
 
 def demo_profile(job: Path) -> dict[str, Any] | None:
     """The job's ``demo.json``: ``cohort`` (data sets to generate) and ``set`` (overrides); None if it has none."""
-    path = job / "demo.json"
-    return read_json(path) if path.exists() else None
+    return _own_or_same_as(job, "demo.json")
 
 
 def cohort_of(job: Path) -> dict[str, Any] | None:
-    """The job's ``cohort.json``: how its sites' data sets are cut from one under ``nnUNet_raw``; None if it has none.
+    """The job's ``cohort.json``: how its sites' data sets are cut from those under ``nnUNet_raw``, or None."""
+    return _own_or_same_as(job, "cohort.json")
 
-    ``{"same_as": "OTHER"}`` takes another job's.
-    """
-    path = job / "cohort.json"
+
+def _own_or_same_as(job: Path, name: str) -> dict[str, Any] | None:
+    """A file of the job; ``{"same_as": "OTHER"}`` in it takes another job's."""
+    path = job / name
     if not path.exists():
         return None
-    cohort = read_json(path)
-    return read_json(find_job(job.parent, cohort["same_as"]) / "cohort.json") if "same_as" in cohort else cohort
+    content = read_json(path)
+    return read_json(find_job(job.parent, content["same_as"]) / name) if "same_as" in content else content
 
 
 def _edit(file: Path, path: Sequence[str], value: Any, root: Any) -> None:

@@ -24,7 +24,7 @@ import torch
 from fedcmt.config import JobConfig, build_algorithm
 from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
-from fedcmt.data.split import split_by_domain
+from fedcmt.data.split import make_cuts
 from fedcmt.evaluation.tables import results_table
 from fedcmt.federation import FederationError
 from fedcmt.flare.simulator import (
@@ -34,7 +34,17 @@ from fedcmt.flare.simulator import (
     end_leftovers,
     run_simulator,
 )
-from fedcmt.job_folder import Override, cohort_of, demo_profile, find_job, materialise, parse_override
+from fedcmt.job_folder import (
+    Override,
+    add_site,
+    apply_overrides,
+    cohort_of,
+    demo_profile,
+    find_job,
+    parse_override,
+    remove_site,
+    stage,
+)
 from fedcmt.json_file import read_json, write_json
 from fedcmt.logs import LAUNCHER_PREFIX
 from fedcmt.workspace import GPUS_VARIABLE, RESUME_VARIABLE, THREADS_VARIABLE, WORKSPACE_VARIABLE, environment
@@ -58,12 +68,14 @@ class Run:
       workspace: Where everything of this run goes.
       overrides: In order; later ones win.
       demo: The demo profile in use, or None.
+      resume: Continue the run in the workspace, whose job folder and overrides stay.
     """
 
     job: Path
     workspace: Path
     overrides: list[Override]
     demo: dict[str, Any] | None
+    resume: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +113,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workspace", type=Path, help="default: workspace/JOB")
     parser.add_argument("--demo", action="store_true", help="use the generated demo cohort although nnUNet_raw is set")
     parser.add_argument("--resume", action="store_true", help="continue the run in the workspace after its last round")
+    parser.add_argument(
+        "--add-site",
+        action="append",
+        default=[],
+        metavar="SITE=CONFIG",
+        help="with --resume: one more site joins; CONFIG is its site.json or the folder that holds it",
+    )
+    parser.add_argument(
+        "--remove-site",
+        action="append",
+        default=[],
+        metavar="SITE",
+        help="with --resume: this site leaves; it keeps its files in the workspace and may be added again",
+    )
     parser.add_argument(
         "--beside",
         metavar="JOB",
@@ -142,7 +168,9 @@ def _resolve(options: argparse.Namespace, name: str, workspace: Path | None) -> 
             "that holds your DatasetXXX_NAME folders; see README, 'Your own data'."
         )
     demo = profile if options.demo or not raw_is_set else None
-    overrides: list[Override] = list(demo["set"].items()) if demo else []
+    if (options.add_site or options.remove_site) and not options.resume:
+        raise UserError("--add-site and --remove-site change a running federation: give --resume with them")
+    overrides: list[Override] = list(demo["set"].items()) if demo and not options.resume else []
     for key, value in (
         ("server.num_rounds", options.rounds),
         ("sites.local_steps", options.local_steps),
@@ -151,7 +179,7 @@ def _resolve(options: argparse.Namespace, name: str, workspace: Path | None) -> 
         if value is not None:
             overrides.append((key, value))
     overrides += [parse_override(text) for text in options.set]
-    return Run(job, workspace, overrides, demo)
+    return Run(job, workspace, overrides, demo, options.resume)
 
 
 def _run_one(run: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -161,8 +189,7 @@ def _run_one(run: Run, options: argparse.Namespace) -> dict[str, Any]:
         _announce(run, options)
         if options.resume:
             _check_resumable(run.workspace)
-        staged = run.workspace / ".job"
-        materialise(run.job, staged, run.overrides)
+        staged = _stage(run, options)
         job = JobConfig.from_folder(staged)
         _check_before_anything_runs(job)
         source_raw = Path(os.environ["nnUNet_raw"]).absolute() if os.environ.get("nnUNet_raw") else None
@@ -173,6 +200,19 @@ def _run_one(run: Run, options: argparse.Namespace) -> dict[str, Any]:
             if not options.resume:
                 _set_aside_earlier_run(run.workspace)
             return _execute(run, _adopt(staged, run.workspace / "job"), options)
+
+
+def _stage(run: Run, options: argparse.Namespace) -> Path:
+    """The job as it is to run, beside the one in use: from ``jobs/``, or the run's own when it is resumed."""
+    staged = run.workspace / ".job"
+    stage(run.workspace / "job" if run.resume else run.job, staged)
+    for name in options.remove_site:
+        remove_site(staged, name)
+    for text in options.add_site:
+        name, _, config = text.partition("=")
+        add_site(staged, name, Path(config))
+    apply_overrides(staged, run.overrides)
+    return staged
 
 
 def _adopt(staged: Path, folder: Path) -> JobConfig:
@@ -307,7 +347,7 @@ def _see_to_data(run: Run, job: JobConfig, source_raw: Path | None) -> None:
     if run.demo is not None:
         make_cohort(raw, run.demo["cohort"])
     elif (cohort := cohort_of(run.job)) is not None and source_raw is not None:
-        split_by_domain(source_raw, raw, cohort)
+        make_cuts(source_raw, raw, cohort)
     problems = []
     for name, site in job.sites.items():
         try:
@@ -335,7 +375,7 @@ def _check_disk(workspace: Path) -> None:
 
 
 def _check_resumable(workspace: Path) -> None:
-    if not (workspace / "server" / "state.safetensors").exists():
+    if not ((workspace / "server" / "state.safetensors").exists() and (workspace / "job").is_dir()):
         raise UserError(f"--resume: {workspace} holds no run that finished a round; start without --resume")
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from fedcmt.nnunet.export import export_model_folder, model_folder
 from fedcmt.nnunet.network import input_parameters
 from fedcmt.nnunet.paths import nnunet_paths
 from fedcmt.nnunet.predict import predict_folder
-from fedcmt.nnunet.trainer import build_trainer
+from fedcmt.nnunet.teacher import Teacher
+from fedcmt.nnunet.trainer import Batch, LossHook, build_trainer
 from fedcmt.params import Params, copy_into, delta, load_tensors, save_tensors, shapes, snapshot
 from fedcmt.progress import Progress
 from fedcmt.randomness import RandomStream, derive_seed
@@ -93,7 +94,8 @@ class Session:
             channels=self.channels,
             input_parameters=input_parameters(self.trainer.module),
         )
-        self._best_dice = -1.0
+        self._teacher: Teacher | None = None
+        self._best_score = -1.0
         if (folder / _LAST).exists():
             self._restore()
             logger.info("%s: continuing from %s", name, folder)
@@ -122,7 +124,8 @@ class Session:
         logger.info("%s: round %d: %s", self._name, round_idx + 1, values)
         meta = {"round": round_idx, "num_steps": self._config.local_steps, "metrics": metrics, "train_seconds": seconds}
         update = delta(self.partition.outgoing(snapshot(self.trainer.module)), message.tensors)
-        return Message(meta, update, self._algorithm.local_extras(self.trainer.module))
+        sent = {name: tensor for name, tensor in update.items() if name not in message.meta["frozen"]}
+        return Message(meta, sent, self._algorithm.local_extras(self.trainer.module))
 
     def _train(self, message: Message, round_idx: int, stop: Callable[[], bool]) -> tuple[dict[str, float], float]:
         """Metrics of a round and the seconds its steps took."""
@@ -130,7 +133,8 @@ class Session:
         metrics = self._validate("received", round_idx)
         hook, on_step = self._hook(received, message.extras, round_idx), self._on_step(round_idx, stop)
         started = time.monotonic()
-        loss = self.trainer.train_steps(self._config.local_steps, hook, on_step)
+        with self.trainer.frozen(self.partition.parameters_of(message.meta["frozen"])):
+            loss = self.trainer.train_steps(self._config.local_steps, hook, on_step)
         seconds = time.monotonic() - started
         if not math.isfinite(loss):
             raise DivergedError(
@@ -206,22 +210,52 @@ class Session:
         copy_into(self.trainer.module, tensors, where=f"site {self._name!r}")
         return {name: tensor.to(self.trainer.device) for name, tensor in tensors.items()}
 
-    def _hook(self, received: Params, extras: Params, round_idx: int) -> Any:
-        def hook(loss: torch.Tensor, network: torch.nn.Module, batch: Mapping[str, Any], output: Any) -> torch.Tensor:
-            return self._algorithm.local_loss(loss, LocalStep(network, batch, output, received, extras, round_idx))
+    def _hook(self, received: Params, extras: Params, round_idx: int) -> LossHook:
+        """The algorithm's term of the local loss, for one round."""
+        teacher, num_rounds = self._teacher_of(round_idx), self._prepared.num_rounds
+
+        def hook(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
+            step = LocalStep(
+                network=self.trainer.module,
+                data=batch.data,
+                logits=batch.logits,
+                target=batch.target,
+                valid=batch.valid,
+                regions=self.trainer.regions,
+                teacher=lambda: teacher(batch.data),
+                received=received,
+                extras=extras,
+                round_idx=round_idx,
+                num_rounds=num_rounds,
+            )
+            return self._algorithm.local_loss(loss, step)
 
         return hook
+
+    def _teacher_of(self, round_idx: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The network as it is now, as a function from patches to logits; call it before the round's first step."""
+        if not self._algorithm.needs_teacher(round_idx, self._prepared.num_rounds):
+
+            def none(data: torch.Tensor) -> torch.Tensor:
+                name = type(self._algorithm).__name__
+                raise RuntimeError(f"{name}: local_loss wants a teacher, but needs_teacher said no")
+
+            return none
+        if self._teacher is None:
+            self._teacher = Teacher(self.trainer)
+        self._teacher.follow()
+        return self._teacher.logits
 
     def _validate(self, which: str, round_idx: int) -> dict[str, float]:
         """Validate now if it is this round's turn, and keep the best of the models the algorithm ends with."""
         last = round_idx >= self._prepared.num_rounds - 1
         if not last and round_idx % self._config.val_every:
             return {}
-        dice = self.trainer.validate(self._config.val_batches)
-        if which == self._algorithm.product and dice > self._best_dice:
-            self._best_dice = dice
-            save_tensors(self._folder / _BEST, snapshot(self.trainer.module), {"round": round_idx, "val_dice": dice})
-        return {f"val_dice_{which}": dice}
+        score = self.trainer.validate(self._config.val_batches)
+        if which == self._algorithm.product and score > self._best_score:
+            self._best_score = score
+            save_tensors(self._folder / _BEST, snapshot(self.trainer.module), {"round": round_idx, "val_score": score})
+        return {f"val_{self.trainer.score}_{which}": score}
 
     def _on_step(self, round_idx: int, stop: Callable[[], bool]) -> Callable[[int, float], None]:
         progress = Progress(f"{self._name}: round {round_idx + 1}/{self._prepared.num_rounds}", logger)
@@ -240,8 +274,8 @@ class Session:
         tensors = {f"network/{n}": t for n, t in snapshot(self.trainer.module).items()}
         tensors |= {f"optimizer/{n}": t for n, t in optimizer.items()}
         tensors |= {f"random/{n}": t for n, t in random_tensors.items()}
-        meta = {"round": round_idx, "optimizer": optimizer_plain, "random": random_plain, "best_dice": self._best_dice}
-        save_tensors(self._folder / _LAST, tensors, meta)
+        meta = {"optimizer": optimizer_plain, "random": random_plain, "best_score": self._best_score}
+        save_tensors(self._folder / _LAST, tensors, {"round": round_idx, **meta})
 
     def _restore(self) -> None:
         """Go back to what `_save_last` stored."""
@@ -254,7 +288,7 @@ class Session:
         copy_into(self.trainer.module, parts["network"], where=str(path))
         self.trainer.load_state(parts["optimizer"], meta["optimizer"])
         self._random.load(parts["random"], meta["random"])
-        self._best_dice = meta["best_dice"]
+        self._best_score = meta["best_score"]
 
 
 def site_device(config: SiteConfig) -> torch.device:

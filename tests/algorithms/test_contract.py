@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedcmt.algorithms.base import Algorithm, LocalStep, Participant, State, Update
 from fedcmt.config import SERVER_CONFIG, build_algorithm, component
 from fedcmt.json_file import read_json
-from fedcmt.models.scopes import Partition
+from fedcmt.models.scopes import ALL_PERSONAL, Partition
 from fedcmt.params import Params, load_tensors, named_tensors, save_tensors, shapes, snapshot
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -21,9 +21,10 @@ SITES = {"south": ("MR", ["T1", "FLAIR"], 12), "north": ("MR", ["FLAIR", "T2"], 
 
 
 def named_in_jobs() -> list[str]:
-    """Each algorithm with its args, once, as JSON."""
+    """Each algorithm that shares something, with its args, once, as JSON."""
     files = sorted(JOBS.glob(f"*/{SERVER_CONFIG}"))
-    return sorted({json.dumps(component(read_json(file), "aggregator", file), sort_keys=True) for file in files})
+    named = sorted({json.dumps(component(read_json(file), "aggregator", file), sort_keys=True) for file in files})
+    return [spec for spec in named if build_algorithm(json.loads(spec)).scopes != ALL_PERSONAL]
 
 
 @dataclass
@@ -176,10 +177,21 @@ def test_the_local_loss_is_a_finite_scalar_with_gradients(setting: Setting) -> N
     network, site = setting.network, setting.sites[0]
     received = setting.partitions[site.name].incoming(setting.algorithm.payload(setting.state, site).tensors)
     data = torch.randn(2, 2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-    output = network(data)
-    target = torch.zeros(2, 1, 4, 8, 12)
-    step = LocalStep(network, {"data": data, "target": target, "keys": ["a", "b"]}, output, received, {}, round_idx=1)
-    loss = setting.algorithm.local_loss(output.square().mean(), step)
+    logits = network(data)
+    step = LocalStep(
+        network=network,
+        data=data,
+        logits=logits,
+        target=torch.zeros(2, 1, 4, 8, 12),
+        valid=torch.ones(2, 4, 8, 12, dtype=torch.bool),
+        regions=False,
+        teacher=lambda: logits.detach() + 0.1 * data[:, :1],
+        received=received,
+        extras={},
+        round_idx=1,
+        num_rounds=3,
+    )
+    loss = setting.algorithm.local_loss(logits.square().mean(), step)
     gradients = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
     assert loss.ndim == 0
     assert bool(torch.isfinite(loss))

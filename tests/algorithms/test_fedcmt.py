@@ -1,17 +1,20 @@
 """FedCMT's server: conflict-averse encoder, adapters by group, adaptive weights, server optimiser."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from fedcmt.algorithms.base import State, Update
+from fedcmt.algorithms.base import LocalStep, Participant, State, Update
 from fedcmt.algorithms.fedcmt import FedCMT
+from fedcmt.models.scopes import Scope
 from fedcmt.params import Params
 
 PLAIN = {"name": "sgd", "lr": 1.0}
 W = "encoder.stages.1.0.convs.0.conv.weight"
 V = "encoder.stages.2.0.convs.0.conv.weight"
+SLOTS = "encoder.stages.0.0.convs.0.conv.weight"
 ADAPTER = "encoder.stages.0.0.convs.0.conv.bias"
 
 
@@ -143,3 +146,152 @@ def test_blocks_are_weighed_on_their_own() -> None:
 def test_settings_out_of_range_are_named(bad: dict) -> None:
     with pytest.raises(ValueError, match=f"FedCMT: {next(iter(bad))} is"):
         FedCMT(**bad)
+
+
+def participant(name: str, modality: str, *wires: str) -> Participant:
+    return Participant(name, modality, ("x",), 4, dict.fromkeys(wires, (1,)))
+
+
+def founded() -> State:
+    """Two MR founders after one round, with slots t1 and t2."""
+    slots = {f"{SLOTS}@mr.t1": torch.tensor([2.0]), f"{SLOTS}@mr.t2": torch.tensor([4.0])}
+    sites = [participant(name, "MR", W, *slots) for name in ("a", "b")]
+    state = FedCMT().init({W: torch.tensor([0.0]), **slots}, sites, num_rounds=10)
+    return FedCMT().aggregate(state, {s.name: update_of(s) for s in sites})
+
+
+def update_of(site: Participant, *without: str) -> Update:
+    return Update({name: torch.ones(1) for name in site.wire_shapes if name not in without}, site.num_cases, 1)
+
+
+def test_a_new_modality_starts_from_its_own_initial_adapter() -> None:
+    newcomer = participant("c", "CT", W, f"{SLOTS}@ct.hu")
+    state = FedCMT().register(founded(), newcomer, {W: torch.tensor([9.0]), f"{SLOTS}@ct.hu": torch.tensor([7.0])})
+    assert state.params[f"{SLOTS}@ct.hu"].item() == 7.0
+    assert state.params[W].item() != 9.0  # the encoder is the federation's
+
+
+def test_a_new_slot_starts_as_the_mean_of_its_modality_s() -> None:
+    before = founded()
+    newcomer = participant("c", "MR", W, f"{SLOTS}@mr.t1", f"{SLOTS}@mr.adc")
+    initial = {name: torch.tensor([9.0]) for name in newcomer.wire_shapes}
+    state = FedCMT().register(before, newcomer, initial)
+    expected = (before.params[f"{SLOTS}@mr.t1"] + before.params[f"{SLOTS}@mr.t2"]) / 2
+    assert torch.equal(state.params[f"{SLOTS}@mr.adc"], expected)
+    assert all(torch.equal(state.params[name], tensor) for name, tensor in before.params.items())
+
+
+def test_registering_changes_nobody_else_s_state() -> None:
+    before = founded()
+    newcomer = participant("c", "CT", W, f"{SLOTS}@ct.hu")
+    state = FedCMT().register(before, newcomer, {W: torch.tensor([9.0]), f"{SLOTS}@ct.hu": torch.tensor([7.0])})
+    assert all(torch.equal(state.params[name], tensor) for name, tensor in before.params.items())
+    assert state.memory.keys() == before.memory.keys()
+    assert all(torch.equal(state.memory[name], tensor) for name, tensor in before.memory.items())
+    unchanged = ("round", "num_rounds", "agreement")
+    assert [state.record[key] for key in unchanged] == [before.record[key] for key in unchanged]
+
+
+def test_in_its_warm_start_a_newcomer_trains_and_sends_only_adapters_that_are_its_own() -> None:
+    newcomer = participant("c", "MR", W, f"{SLOTS}@mr.t1", f"{SLOTS}@mr.adc")
+    state = FedCMT().register(founded(), newcomer, {name: torch.zeros(1) for name in newcomer.wire_shapes})
+    for _ in range(2):
+        payload = FedCMT().payload(state, newcomer)
+        assert set(payload.tensors) == set(newcomer.wire_shapes)
+        assert payload.frozen == {W, f"{SLOTS}@mr.t1"}
+        assert not FedCMT().payload(state, participant("a", "MR", W)).frozen
+        founder = participant("a", "MR", W, f"{SLOTS}@mr.t1")
+        updates = {"a": update_of(founder), "c": update_of(newcomer, *payload.frozen)}
+        after = FedCMT().aggregate(state, updates)
+        alone = FedCMT().aggregate(state, {"a": updates["a"]})
+        assert torch.equal(after.params[W], alone.params[W])
+        assert not torch.equal(after.params[f"{SLOTS}@mr.adc"], state.params[f"{SLOTS}@mr.adc"])
+        state = after
+    assert not FedCMT().payload(state, newcomer).frozen
+
+
+def test_a_newcomer_s_encoder_counts_a_fifth_more_each_round() -> None:
+    algorithm = FedCMT(agreement_exponent=0)
+    founder, newcomer = participant("a", "MR", W), participant("c", "CT", W)
+    state = algorithm.register(algorithm.init({W: torch.zeros(1)}, [founder], 20), newcomer, {W: torch.zeros(1)})
+    weights = []
+    for round_idx in range(8):
+        warm = round_idx < 2
+        updates = {"a": update_of(founder), "c": update_of(newcomer, *([W] if warm else []))}
+        state = algorithm.aggregate(state, updates)
+        weights.append(state.record["curves"].get("weight/c"))
+    # Equal cases: share rho / (1 + rho), for rho = 1/5, 2/5, …
+    expected = [k / 5 / (1 + k / 5) for k in (1, 2, 3, 4, 5, 5)]
+    assert weights == [None, None, *(pytest.approx(w) for w in expected)]
+
+
+def test_a_round_of_newcomers_alone_leaves_the_encoder_as_it_is() -> None:
+    newcomer = participant("c", "CT", W, f"{SLOTS}@ct.hu")
+    state = FedCMT().register(founded(), newcomer, {name: torch.zeros(1) for name in newcomer.wire_shapes})
+    after = FedCMT().aggregate(state, {"c": update_of(newcomer, W)})
+    assert torch.equal(after.params[W], state.params[W])
+    assert after.params[f"{SLOTS}@ct.hu"].item() == pytest.approx(0.9975528258)  # the second of ten rounds
+
+
+def test_the_adaptive_radius_shrinks_with_agreement() -> None:
+    alike = moved(FedCMT(adaptive_radius=0.8), {"a": one((1.0, 0.0)), "b": one((2.0, 0.0))})
+    across = moved(FedCMT(adaptive_radius=0.8), {"a": one((1.0, 0.0)), "b": one((0.0, 1.0))})
+    against = moved(FedCMT(adaptive_radius=0.8), {"a": one((1.0, 0.0)), "b": one((-0.5, 0.0))})
+    # Agreement (1 + cos) / 2 of each with the other: 1, 1/2 and 0.
+    assert [s.record["curves"]["radius"] for s in (alike, across, against)] == pytest.approx([0.0, 0.4, 0.8])
+
+
+def test_the_server_s_step_is_logged_with_its_angle_to_every_site() -> None:
+    state = moved(FedCMT(radius=0, agreement_exponent=0, optimizer=PLAIN), {"a": one((3.0, 0.0)), "b": one((0.0, 3.0))})
+    curves = state.record["curves"]
+    assert curves["step_norm"] == pytest.approx(1.5 * math.sqrt(2))
+    assert curves["step_cosine/a"] == pytest.approx(math.sqrt(0.5))
+    assert curves["cosine/a-b"] == 0
+
+
+def test_personal_adapters_are_a_switch() -> None:
+    name = "encoder.stages.0.0.convs.0.conv.weight"
+    assert FedCMT().scopes.scope_of(name) is Scope.GROUP
+    assert FedCMT(adapters="personal").scopes.scope_of(name) is Scope.PERSONAL
+
+
+def local_step(round_idx: int, calls: list[int], **changes: Any) -> LocalStep:
+    logits = torch.tensor([[1.0, 1.0, 0.0]], requires_grad=True)
+
+    def teacher() -> torch.Tensor:
+        calls.append(round_idx)
+        return torch.tensor([[2.0, 0.0, -1.0]])
+
+    given = {
+        "network": torch.nn.Identity(), "data": torch.zeros(1, 1, 2, 3, 4), "logits": logits,
+        "target": torch.tensor([1]), "valid": None, "regions": False, "teacher": teacher, "received": {}, "extras": {},
+        "round_idx": round_idx, "num_rounds": 11,
+    }  # fmt: skip
+    return LocalStep(**(given | changes))
+
+
+def test_the_local_loss_adds_the_divergence_from_the_received_model() -> None:
+    calls: list[int] = []
+    # The spec's pair of logits: KL 0.3797382535; the coefficient is 1 from the last round on.
+    loss = FedCMT().local_loss(torch.tensor(2.0), local_step(11, calls))
+    assert loss.item() == pytest.approx(2.3797382535, abs=1e-6)
+    assert calls == [11]
+
+
+def test_there_is_no_teacher_in_round_0_nor_without_distillation() -> None:
+    calls: list[int] = []
+    loss = torch.tensor(2.0)
+    assert FedCMT().local_loss(loss, local_step(0, calls)) is loss
+    assert FedCMT(distillation={"maximum": 0}).local_loss(loss, local_step(5, calls)) is loss
+    assert calls == []
+    assert not FedCMT().needs_teacher(0, 11)
+    assert FedCMT().needs_teacher(5, 11)
+    assert not FedCMT(distillation={"maximum": 0}).needs_teacher(5, 11)
+
+
+def test_the_gate_trusts_the_teacher_where_it_is_right() -> None:
+    algorithm, task = FedCMT(distillation={"gate": True}), torch.tensor(2.0)
+    right = algorithm.local_loss(task, local_step(11, [], target=torch.tensor([0])))
+    wrong = algorithm.local_loss(task, local_step(11, [], target=torch.tensor([1])))
+    assert right.item() == pytest.approx(2.3797382535, abs=1e-6)
+    assert wrong.item() == 2.0

@@ -15,7 +15,8 @@ from fedcmt.nnunet.fingerprint import bin_policy
 from fedcmt.nnunet.paths import nnunet_paths
 from fedcmt.nnunet.plans import PlanningOptions, plan_federation
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
-from fedcmt.nnunet.trainer import SiteTrainer, build_trainer
+from fedcmt.nnunet.teacher import Teacher
+from fedcmt.nnunet.trainer import Batch, SiteTrainer, build_trainer
 from fedcmt.params import snapshot
 from fedcmt.randomness import RandomStream
 
@@ -82,17 +83,19 @@ def test_validation_repeats_and_leaves_training_s_random_numbers_alone(
 
 def test_every_step_s_loss_goes_through_the_hook(site: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(site, monkeypatch)
-    seen: list[tuple[list[str], tuple[int, ...]]] = []
+    seen: list[Batch] = []
 
-    def hook(loss: torch.Tensor, network: torch.nn.Module, batch: Any, output: Any) -> torch.Tensor:
-        seen.append((sorted(batch), tuple(output[0].shape)))
+    def hook(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
+        seen.append(batch)
         return 0 * loss
 
     before = snapshot(trainer.module)
     assert trainer.train_steps(2, hook) == 0
     assert len(seen) == 2
-    assert {"data", "target", "keys"} <= set(seen[0][0])
-    assert seen[0][1][:2] == (2, 3)
+    patch = seen[0].data.shape[2:]
+    assert seen[0].logits.shape == (2, 3, *patch)  # full resolution, although deep supervision gives more
+    assert seen[0].target.shape == (2, 3, *patch)  # one channel per region
+    assert seen[0].valid is None
     # Without a gradient, AdamW only decays weights: 1 - lr * weight_decay twice.
     name = "encoder.stages.0.0.convs.0.conv.weight"
     torch.testing.assert_close(snapshot(trainer.module)[name], before[name] * (1 - 1e-2 * 1e-5) ** 2)
@@ -102,7 +105,7 @@ def test_the_gradient_is_clipped_to_the_site_s_norm(site: tuple, monkeypatch: py
     sgd = OptimizerConfig("SGD", lr=1.0, weight_decay=0.0)
     trainer = trainer_of(site, monkeypatch, optimizer=sgd, grad_clip=1e-3)
     before = snapshot(trainer.module)
-    trainer.train_steps(1, lambda loss, *_: 1e4 * loss)
+    trainer.train_steps(1, lambda loss, batch: 1e4 * loss)
     moved = torch.cat([(t - before[n]).flatten() for n, t in snapshot(trainer.module).items()])
     assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-2)
 
@@ -112,7 +115,7 @@ def test_the_poly_rate_follows_the_job_s_steps_and_never_turns_complex(
 ) -> None:
     trainer = trainer_of(site, monkeypatch, optimizer=OptimizerConfig("SGD", lr=1.0, schedule="poly"))
     rates = []
-    trainer.train_steps(6, lambda loss, *_: 0 * loss, lambda step, loss: rates.append(trainer.learning_rate))
+    trainer.train_steps(6, lambda loss, batch: 0 * loss, lambda step, loss: rates.append(trainer.learning_rate))
     # 4 steps in all: (1 - k / 4)^0.9, held at the last one's rate.
     expected = [(1 - k / 4) ** 0.9 for k in (0, 1, 2, 3, 3, 3)]
     assert rates == pytest.approx(expected)
@@ -148,3 +151,38 @@ def test_a_network_of_two_stages_trains_without_deep_supervision(
     trainer = trainer_of((root, shallow, dataset_json), monkeypatch)
     assert math.isfinite(trainer.train_steps(1, None))
     assert 0 <= trainer.validate(1) <= 1
+
+
+def test_frozen_parameters_stay_to_the_bit_and_train_again_afterwards(
+    site: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(site, monkeypatch)
+    before = snapshot(trainer.module)
+    frozen = {name for name in before if name.startswith("encoder.stages.1.")}
+    with trainer.frozen(frozen):
+        trainer.train_steps(1, None)
+    during = snapshot(trainer.module)
+    still = {n for n in before if torch.equal(before[n], during[n])}
+    # Deep supervision gives the lowest resolution's output no weight.
+    assert {n for n in still if not n.startswith("decoder.seg_layers.0.")} == frozen
+    trainer.train_steps(1, None)
+    after = snapshot(trainer.module)
+    assert not any(torch.equal(during[n], after[n]) for n in frozen)
+
+
+def test_the_teacher_gives_the_logits_of_the_moment_it_followed(site: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(site, monkeypatch)
+    teacher, differences = Teacher(trainer), []
+
+    def hook(loss: torch.Tensor, batch: Batch) -> torch.Tensor:
+        logits = teacher.logits(batch.data)
+        assert not logits.requires_grad
+        differences.append(float((logits - batch.logits.detach()).abs().max()))
+        return loss
+
+    trainer.train_steps(2, hook)
+    teacher.follow()
+    trainer.train_steps(1, hook)
+    assert differences[0] == pytest.approx(0, abs=1e-5)
+    assert differences[1] > 1e-3
+    assert differences[2] == pytest.approx(0, abs=1e-5)

@@ -5,8 +5,8 @@ the local loss. It is pure: it knows tensors by their wire names (see `fedcmt.mo
 nnU-Net.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -51,10 +51,17 @@ class State:
 
 @dataclass(frozen=True)
 class Payload:
-    """What one site receives in a round: its tensors by wire name, and named extras such as anchors."""
+    """What one site receives in a round.
+
+    Attributes:
+      tensors: Wire name to tensor.
+      extras: Named extras such as anchors.
+      frozen: Wire names that stay as received while the site trains, and that its update leaves out.
+    """
 
     tensors: Params
     extras: Params = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Update:
     """What one site returns.
 
     Attributes:
-      delta: trained - received; the same wire names as the payload.
+      delta: trained - received; the payload's wire names without the frozen ones.
       num_cases: Training cases of the site.
       num_steps: Optimiser steps taken.
       metrics: Plain numbers, e.g. ``val_dice_received`` in [0, 1].
@@ -82,19 +89,30 @@ class LocalStep:
 
     Attributes:
       network: The site's network in training mode.
-      batch: nnU-Net's batch: ``data`` [B, C, X, Y, Z], ``target`` (a list under deep supervision), ``keys`` (case ids).
-      output: Logits [B, K, X, Y, Z]; under deep supervision a list, full resolution first.
+      data: Input patches [B, C, *spatial].
+      logits: Of the network: [B, K, *spatial] for segmentation, pooled [B, K] for classification.
+      target: Labels [B, 1, *spatial], regions [B, K, *spatial] in {0, 1}, or classes [B], -1 where unknown.
+      valid: True where the target counts, in the shape of the logits without axis 1; None where all of it does.
+      regions: Whether the K outputs are independent (sigmoid) and not one choice (softmax).
+      teacher: Logits for ``data`` of the network as it was when the round began, without gradient; one forward pass
+        per call. Only in rounds for which `Algorithm.needs_teacher` says so.
       received: The round's received tensors by *parameter* name, on the network's device.
       extras: The round's extras as the payload had them.
       round_idx: 0-based round.
+      num_rounds: Rounds of the job.
     """
 
     network: nn.Module
-    batch: Mapping[str, object]
-    output: Tensor | list[Tensor]
+    data: Tensor
+    logits: Tensor
+    target: Tensor
+    valid: Tensor | None
+    regions: bool
+    teacher: Callable[[], Tensor]
     received: Mapping[str, Tensor]
     extras: Mapping[str, Tensor]
     round_idx: int
+    num_rounds: int
 
 
 class Algorithm:
@@ -113,6 +131,17 @@ class Algorithm:
         """The state before round 0, given initial values of every wire tensor and the length of the job."""
         return State(params=dict(initial))
 
+    def register(self, state: State, site: Participant, initial: Params) -> State:
+        """The state once a site has joined a running federation, or come back to it; nothing of the others changes.
+
+        Args:
+          state: The state after the last round.
+          site: Who joins.
+          initial: Initial values of every wire tensor of this site.
+        """
+        new = {name: tensor for name, tensor in initial.items() if name not in state.params}
+        return replace(state, params={**state.params, **new})
+
     def turns(self, round_idx: int, sites: Sequence[Participant]) -> list[list[Participant]]:
         """Who trains when: sites of one turn train side by side, and the next turn sees their aggregate."""
         return [list(sites)]
@@ -127,6 +156,10 @@ class Algorithm:
         Must not change ``state`` or ``updates``, and must not depend on the order of sites.
         """
         raise NotImplementedError
+
+    def needs_teacher(self, round_idx: int, num_rounds: int) -> bool:
+        """The site's half: whether `local_loss` calls ``step.teacher`` in this round."""
+        return False
 
     def local_loss(self, loss: Tensor, step: LocalStep) -> Tensor:
         """The site's half: the loss to minimise, given nnU-Net's own."""

@@ -8,6 +8,9 @@ input channel by input channel (group scope); the rest of the encoder is common 
 2. combines the encoder's updates so that the site that gains least gains most (conflict-averse), adapters as plain
    means over the sites that own them,
 3. and hands the direction to an optimiser of its own (FedOpt).
+
+A site distils from the model it received (global to local). One that joins later first trains alone behind a frozen
+encoder, then counts more and more. docs/fedcmt.md leads from the paper's figure to these lines.
 """
 
 import logging
@@ -17,8 +20,10 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from fedcmt.algorithms.base import Algorithm, Participant, State, Update
+from fedcmt.algorithms.base import Algorithm, LocalStep, Participant, Payload, State, Update
 from fedcmt.algorithms.conflict_averse import (
     GramMatrix,
     Normalisation,
@@ -27,10 +32,11 @@ from fedcmt.algorithms.conflict_averse import (
     rescale,
     solve,
 )
+from fedcmt.algorithms.distillation import Distillation, read_distillation
 from fedcmt.algorithms.fedavg import weighted_mean
 from fedcmt.algorithms.fedopt import FEDCMT_SERVER, read_optimizer
-from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER
-from fedcmt.params import Params
+from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER, PERSONAL_ADAPTER
+from fedcmt.params import ParameterError, Params, norm
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +47,10 @@ _EMA = 0.9
 _FIRST_AGREEMENT = 0.5
 _FLOOR = 0.2
 _CAP = 0.5
+_WARM_START = 2
+"""Rounds in which a site that joined trains its own part behind the frozen encoder."""
+_RAMP = 5
+"""Rounds over which its encoder update comes to count in full."""
 
 
 class FedCMT(Algorithm):
@@ -49,33 +59,39 @@ class FedCMT(Algorithm):
     Args:
       radius: c in [0, 1): how far the direction may leave the mean, as a fraction of its length. 0 is no conflict
         handling.
+      adaptive_radius: c_max in [0, 1); when given, c = c_max (1 - mean agreement) each round instead of ``radius``.
       rescale: 2 divides the direction by 1 + c (identical updates pass unchanged), 1 by 1 + c² (FedHCA2's code), 0 not.
       granularity: Where conflicts are weighed: over the whole encoder, per stage, or per tensor.
       normalisation: ``none``, ``unit`` or ``equalise``; see `solve`.
       case_exponent: q ≥ 0 in p_i ∝ |D_i|^q s_i^β; 0 gives sites equal weight.
       agreement_exponent: β ≥ 0; 0 switches the adaptive weights off.
+      adapters: ``group`` shares them within a modality, ``personal`` leaves them at their sites (ablation).
       optimizer: Fields of `fedcmt.algorithms.fedopt.ServerOptimizer`; the published SGD 1.0, momentum 0.6, cosine to
         0.9 if not given.
+      distillation: Fields of `fedcmt.algorithms.distillation.Distillation`; ``{"maximum": 0}`` switches it off.
 
     Raises:
       ValueError: If a setting is out of range.
-      TypeError: If a field of the optimiser is unknown.
+      TypeError: If a field of the optimiser or of the distillation is unknown.
     """
 
-    scopes = ADAPTER_ENCODER_DECODER
     product: ClassVar[Literal["received", "trained"]] = "trained"
 
     def __init__(
         self,
         radius: float = 0.4,
+        adaptive_radius: float | None = None,
         rescale: Literal[0, 1, 2] = 2,
         granularity: Granularity = "whole",
         normalisation: Normalisation = "none",
         case_exponent: float = 1.0,
         agreement_exponent: float = 1.0,
+        adapters: Literal["group", "personal"] = "group",
         optimizer: Mapping[str, Any] | None = None,
+        distillation: Mapping[str, Any] | None = None,
     ) -> None:
         _require(0 <= radius < 1, "radius", radius, "in [0, 1)")
+        _require(adaptive_radius is None or 0 <= adaptive_radius < 1, "adaptive_radius", adaptive_radius, "in [0, 1)")
         _require(rescale in (0, 1, 2), "rescale", rescale, "0, 1 or 2")
         _require(granularity in ("whole", "stage", "tensor"), "granularity", granularity, "whole, stage or tensor")
         _require(
@@ -83,51 +99,126 @@ class FedCMT(Algorithm):
         )
         _require(case_exponent >= 0, "case_exponent", case_exponent, "at least 0")
         _require(agreement_exponent >= 0, "agreement_exponent", agreement_exponent, "at least 0")
+        _require(adapters in ("group", "personal"), "adapters", adapters, "group or personal")
         self.radius = radius
+        self.adaptive_radius = adaptive_radius
         self.rescale: Literal[0, 1, 2] = rescale
         self.granularity = granularity
         self.normalisation = normalisation
         self.case_exponent = case_exponent
         self.agreement_exponent = agreement_exponent
+        self.scopes = ADAPTER_ENCODER_DECODER if adapters == "group" else PERSONAL_ADAPTER
         self.optimizer = FEDCMT_SERVER if optimizer is None else read_optimizer(optimizer)
+        self.distillation = Distillation() if distillation is None else read_distillation(distillation)
 
     def init(self, initial: Params, sites: Sequence[Participant], num_rounds: int) -> State:
-        """The state before round 0; the record keeps each site's running agreement and the optimiser's clock."""
-        return State(dict(initial), record={"round": 0, "num_rounds": num_rounds, "agreement": {}})
+        """The state before round 0.
+
+        The record keeps the optimiser's clock, each site's running agreement, and of sites that join later (``joined``)
+        the round from which their encoder counts and the adapters that were new with them.
+        """
+        record = {"round": 0, "num_rounds": num_rounds, "agreement": {}, "sites": [s.name for s in sites], "joined": {}}
+        return State(dict(initial), record=record)
+
+    def register(self, state: State, site: Participant, initial: Params) -> State:
+        """The state once a site has joined: its new adapters are there, and nothing else has changed.
+
+        A new slot of a known modality starts as the mean of that modality's slots. A site that comes back brings its
+        own part along, so it needs no warm start; its encoder update is ramped in again.
+        """
+        returns = site.name in state.record["sites"]
+        new = {name: initial[name] for name in site.wire_shapes if name not in state.params}
+        params = {**state.params, **{name: _slot_mean(name, state.params, tensor) for name, tensor in new.items()}}
+        first = state.record["round"] + (0 if returns else _WARM_START)
+        joined = {**state.record["joined"], site.name: {"first_round": first, "own": sorted(new)}}
+        sites = sorted({*state.record["sites"], site.name})
+        return replace(state, params=params, record={**state.record, "sites": sites, "joined": joined})
+
+    def payload(self, state: State, site: Participant) -> Payload:
+        """What a site exchanges; of a site in its warm start all is frozen but the adapters that came with it."""
+        payload = super().payload(state, site)
+        joined = state.record["joined"].get(site.name)
+        if joined is None or state.record["round"] >= joined["first_round"]:
+            return payload
+        return replace(payload, frozen=frozenset(payload.tensors) - set(joined["own"]))
 
     def aggregate(self, state: State, updates: Mapping[str, Update]) -> State:
         """One step of the server's optimiser along the conflict-averse direction.
 
+        Sites in their warm start send no encoder tensors and so have no part in it.
+
         Raises:
           ParameterError: If there is no update, or one is not finite.
         """
-        encoders = {site: {n: t for n, t in u.delta.items() if not _is_group(n)} for site, u in updates.items()}
+        if not updates:
+            raise ParameterError("FedCMT: no update to aggregate")
+        encoders = {site: {n: t for n, t in u.delta.items() if not _is_group(n)} for site, u in sorted(updates.items())}
+        encoders = {site: tensors for site, tensors in encoders.items() if tensors}
+        direction, record, curves = self._encoder_direction(state, updates, encoders)
+        # Apart, so that sites in their warm start do not shift the weights of the others.
+        for trained_encoder in (True, False):
+            members = {site: u for site, u in updates.items() if (site in encoders) == trained_encoder}
+            direction |= self._adapter_means(state, members)
+        round_idx, num_rounds = state.record["round"], state.record["num_rounds"]
+        params, memory = self.optimizer.step(state.params, direction, state.memory, round_idx, num_rounds)
+        curves |= _step_curves(state.params, params, encoders)
+        logger.debug("%s", ", ".join(f"{name} {value:.4g}" for name, value in sorted(curves.items())))
+        return State(params, memory, {**record, "round": round_idx + 1, "curves": curves})
+
+    def needs_teacher(self, round_idx: int, num_rounds: int) -> bool:
+        """Whether the round distils: not in round 0, nor where the coefficient is negligible."""
+        return self.distillation.coefficient(round_idx, num_rounds) > 0
+
+    def local_loss(self, loss: Tensor, step: LocalStep) -> Tensor:
+        """The task's loss and, weighted, how far the predictions have moved from those of the received model."""
+        coefficient = self.distillation.coefficient(step.round_idx, step.num_rounds)
+        if coefficient == 0:
+            return loss
+        teacher = step.teacher()
+        term = self.distillation.divergence(step.logits, teacher, regions=step.regions, valid=step.valid)
+        if self.distillation.gate:
+            term = term * self.distillation.trust(teacher, step.target, regions=step.regions, valid=step.valid)
+        return loss + coefficient * term
+
+    def _encoder_direction(
+        self, state: State, updates: Mapping[str, Update], encoders: Mapping[str, Params]
+    ) -> tuple[Params, dict, dict[str, float]]:
+        """The direction, the record with the new agreements, and the round's curves."""
+        if not encoders:
+            return {}, state.record, {}
         gram = GramMatrix()
-        for site in sorted(encoders):
-            gram.add(site, encoders[site])
-        matrix = gram.matrix()
-        agreements = state.record["agreement"]
-        preference = self._preference(gram.sites, updates, agreements)
-        direction = self._direction(gram, encoders, preference)
+        for site, encoder in encoders.items():
+            gram.add(site, encoder)
+        matrix, running = gram.matrix(), state.record["agreement"]
+        preference = self._preference(state, {site: updates[site] for site in gram.sites})
+        agreement = leave_one_out_agreement(matrix, preference)
+        radius = self.radius if self.adaptive_radius is None else self.adaptive_radius * (1 - float(agreement.mean()))
+        direction = self._direction(gram, encoders, preference, radius)
+        now = dict(zip(gram.sites, agreement.tolist(), strict=True))
+        running = {**running, **{s: _EMA * running.get(s, _FIRST_AGREEMENT) + (1 - _EMA) * now[s] for s in now}}
+        curves = {"radius": radius, **_site_curves(gram.sites, matrix, preference, agreement)}
+        return direction, {**state.record, "agreement": running}, curves
+
+    def _adapter_means(self, state: State, updates: Mapping[str, Update]) -> Params:
+        """Per adapter tensor the mean over the sites that sent it; they are too small for conflicts."""
         groups = {
             site: replace(u, delta={n: t for n, t in u.delta.items() if _is_group(n)}) for site, u in updates.items()
         }
-        direction |= weighted_mean(groups, dict(zip(gram.sites, preference.tolist(), strict=True)))
-        round_idx, num_rounds = state.record["round"], state.record["num_rounds"]
-        params, memory = self.optimizer.step(state.params, direction, state.memory, round_idx, num_rounds)
-        now = dict(zip(gram.sites, leave_one_out_agreement(matrix, preference).tolist(), strict=True))
-        running = {s: _EMA * agreements.get(s, _FIRST_AGREEMENT) + (1 - _EMA) * now[s] for s in now}
-        _log(gram.sites, matrix, preference, now)
-        record = {**state.record, "round": round_idx + 1, "agreement": {**agreements, **running}}
-        return State(params, memory, record)
+        if not groups:
+            return {}
+        preference = self._preference(state, updates)
+        return weighted_mean(groups, dict(zip(sorted(updates), preference.tolist(), strict=True)))
 
-    def _preference(
-        self, sites: Sequence[str], updates: Mapping[str, Update], agreements: Mapping[str, float]
-    ) -> np.ndarray:
-        """p_i ∝ |D_i|^q s_i^β, at most a half from three sites on, at least a fifth of an equal share; sums to 1."""
+    def _preference(self, state: State, updates: Mapping[str, Update]) -> np.ndarray:
+        """p_i ∝ |D_i|^q s_i^β ρ_i, at most a half from three sites on, at least a fifth of an equal share; sums to 1.
+
+        In the order of site names; ρ ramps in sites that have joined.
+        """
+        sites, agreements = sorted(updates), state.record["agreement"]
         cases = np.array([updates[site].num_cases for site in sites], dtype=np.float64)
         agreement = np.array([agreements.get(site, _FIRST_AGREEMENT) for site in sites])
-        share = cases**self.case_exponent * agreement**self.agreement_exponent
+        ramp = np.array([_ramp(state.record, site) for site in sites])
+        share = cases**self.case_exponent * agreement**self.agreement_exponent * ramp
         share /= share.sum()
         largest = int(share.argmax())
         if len(sites) >= 3 and share[largest] > _CAP:
@@ -136,21 +227,23 @@ class FedCMT(Algorithm):
         share = np.maximum(share, _FLOOR / len(sites))
         return share / share.sum()
 
-    def _direction(self, gram: GramMatrix, encoders: Mapping[str, Params], preference: np.ndarray) -> Params:
+    def _direction(
+        self, gram: GramMatrix, encoders: Mapping[str, Params], preference: np.ndarray, radius: float
+    ) -> Params:
         """Σ v_i Δ_i, with v solved for the whole encoder or block by block."""
         direction: Params = {}
         names = list(next(iter(encoders.values())))
         for block in _blocks(names, self.granularity):
             whole = len(block) == len(names)
             matrix = gram.matrix(block)
-            solution = solve(matrix, preference, self.radius, self.normalisation, count_dropped=not whole)
+            solution = solve(matrix, preference, radius, self.normalisation, count_dropped=not whole)
             if whole and solution.dropped:
                 logger.warning("zero updates left out: %s", [gram.sites[i] for i in solution.dropped])
             if solution.pareto_stationary:
                 logger.info(
                     "no direction helps every site (%s): the mean is taken", block[0] if not whole else "encoder"
                 )
-            coefficients = rescale(solution.coefficients, self.radius, self.rescale)
+            coefficients = rescale(solution.coefficients, radius, self.rescale)
             direction |= combine(encoders, coefficients, block)
         return direction
 
@@ -171,17 +264,53 @@ def _blocks(names: Sequence[str], granularity: Granularity) -> list[list[str]]:
     return list(stages.values())
 
 
-def _log(sites: Sequence[str], matrix: np.ndarray, preference: np.ndarray, agreement: Mapping[str, float]) -> None:
+def _slot_mean(name: str, params: Params, otherwise: Tensor) -> Tensor:
+    """The mean of the slots that this one's parameter already has in its modality; ``otherwise`` if there is none."""
+    parameter, _, slot = name.partition("@")
+    modality = slot.partition(".")[0]
+    known = [tensor for other, tensor in params.items() if other.startswith(f"{parameter}@{modality}.")]
+    return torch.stack(known).mean(0) if known and "." in slot else otherwise
+
+
+def _ramp(record: Mapping[str, Any], site: str) -> float:
+    """ρ: 1 for founders; for a site that joined, a fifth in its first round with an encoder update, then two, …"""
+    joined = record["joined"].get(site)
+    if joined is None:
+        return 1.0
+    return min(1.0, max(1, record["round"] - joined["first_round"] + 1) / _RAMP)
+
+
+def _site_curves(
+    sites: Sequence[str], matrix: np.ndarray, preference: np.ndarray, agreement: np.ndarray
+) -> dict[str, float]:
     """Norms, weights, agreements and pairwise cosines of a round; long updates beside short ones own the mean."""
     norms = np.sqrt(np.diagonal(matrix))
+    curves: dict[str, float] = {}
     for i, site in enumerate(sites):
-        logger.info("%s: norm %.4g, weight %.3f, agreement %.3f", site, norms[i], preference[i], agreement[site])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        cosines = matrix / np.outer(norms, norms)
-    logger.info("cosines %s", np.round(cosines[np.triu_indices(len(sites), 1)], 3).tolist())
+        curves |= {f"norm/{site}": norms[i], f"weight/{site}": preference[i], f"agreement/{site}": agreement[i]}
+        for j in range(i + 1, len(sites)):
+            if norms[i] and norms[j]:
+                curves[f"cosine/{site}-{sites[j]}"] = matrix[i, j] / (norms[i] * norms[j])
     lengths = norms[norms > 0]
     if lengths.size and lengths.max() > 10 * lengths.min():
         logger.warning("the longest update is %.0f times the shortest", lengths.max() / lengths.min())
+    return {name: float(value) for name, value in curves.items()}
+
+
+def _step_curves(before: Params, after: Params, encoders: Mapping[str, Params]) -> dict[str, float]:
+    """Length of the server's step over the encoder, and its cosine with each site's update: momentum may turn it away
+    from a site that the direction itself still helps."""
+    if not encoders:
+        return {}
+    names = list(next(iter(encoders.values())))
+    step = {name: after[name] - before[name] for name in names}
+    length = norm(step)
+    curves = {"step_norm": length}
+    for site, encoder in encoders.items():
+        inner = sum(float(torch.dot(encoder[name].flatten(), step[name].flatten())) for name in names)
+        if (scale := norm(encoder) * length) > 0:
+            curves[f"step_cosine/{site}"] = inner / scale
+    return curves
 
 
 def _require(ok: bool, key: str, value: object, expected: str) -> None:

@@ -81,7 +81,7 @@ class FederatedRounds(Controller):
             job=_job_name(fl_ctx),
             folder=folder / "server",
             resume=is_resuming(),
-            on_round=lambda round_idx, metrics: self._report(round_idx, metrics, fl_ctx),
+            on_round=lambda round_idx, curves: self._report(round_idx, curves, fl_ctx),
         )
         channel = _FlareChannel(self, fl_ctx, abort_signal, self._config)
         try:
@@ -103,9 +103,9 @@ class FederatedRounds(Controller):
         """An answer after its task timed out: the round has closed without it."""
         self.log_warning(fl_ctx, f"late answer of {client.name} to task {task_name} ignored")
 
-    def _report(self, round_idx: int, metrics: Mapping[str, float], fl_ctx: FLContext) -> None:
-        for tag, value in metrics.items():
-            dxo = create_analytic_dxo(f"mean_{tag}", value, AnalyticsDataType.SCALAR, global_step=round_idx)
+    def _report(self, round_idx: int, curves: Mapping[str, float], fl_ctx: FLContext) -> None:
+        for tag, value in curves.items():
+            dxo = create_analytic_dxo(tag, value, AnalyticsDataType.SCALAR, global_step=round_idx)
             send_analytic_dxo(self, dxo, fl_ctx)
 
 

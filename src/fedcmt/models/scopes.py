@@ -52,6 +52,9 @@ class ScopeRules:
 ALL_SHARED = ScopeRules((("", Scope.SHARED),))
 """FedAvg: the whole network is common."""
 
+ALL_PERSONAL = ScopeRules((("", Scope.PERSONAL),))
+"""Standalone: nothing leaves a site."""
+
 ADAPTER = r"encoder\.(stem\.convs\.0|stages\.0\.0\.convs\.0)\."
 """First conv-norm-nonlinearity block of nnU-Net's networks: ResidualEncoderUNet's stem, PlainConvUNet's first block."""
 
@@ -59,6 +62,9 @@ ADAPTER_ENCODER_DECODER = ScopeRules(
     ((ADAPTER, Scope.GROUP), (r"encoder\.", Scope.SHARED), (r"decoder\.", Scope.PERSONAL))
 )
 """FedCMT: modality adapters by group, the rest of the encoder shared, decoders personal."""
+
+PERSONAL_ADAPTER = ScopeRules(((ADAPTER, Scope.PERSONAL), (r"encoder\.", Scope.SHARED), (r"decoder\.", Scope.PERSONAL)))
+"""FedCMT without group adapters: every site keeps its own."""
 
 
 def slot_name(channel: str) -> str:
@@ -121,6 +127,11 @@ class Partition:
     def wire_shapes(self) -> dict[str, tuple[int, ...]]:
         """Wire name to shape of everything this site exchanges."""
         return {key: self._wire_shape(wire) for key, wire in self._wires.items()}
+
+    def parameters_of(self, wire_names: Collection[str]) -> frozenset[str]:
+        """The parameters whose every wire tensor is among ``wire_names``."""
+        others = {wire.parameter for key, wire in self._wires.items() if key not in wire_names}
+        return frozenset(wire.parameter for wire in self._wires.values()) - others
 
     def outgoing(self, tensors: Mapping[str, Tensor]) -> Params:
         """Named parameters (personal ones are left out) to wire tensors; copies, so training does not change them."""

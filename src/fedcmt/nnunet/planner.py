@@ -1,6 +1,8 @@
 """The server's planning: fingerprints in, one plan per site and the initial model out."""
 
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from fedcmt.models.scopes import ScopeRules
@@ -23,9 +25,26 @@ class FederatedPlanner:
         self._options = PlanningOptions.from_dict(options)
         self._seed = seed
 
-    def plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
-        """Site to plans, all of one architecture."""
-        plans = plan_federation({s: Fingerprint.from_dict(f) for s, f in fingerprints.items()}, self._options)
+    def plan(self, fingerprints: Mapping[str, dict], known: Mapping[str, dict]) -> dict[str, dict]:
+        """Site to plans, all of one architecture.
+
+        Args:
+          fingerprints: Site to what it sent.
+          known: Plans of a federation that is already there; they stay, and further sites are planned to fit them.
+
+        Raises:
+          ValueError: If a further site's images are too small for the federation's architecture.
+        """
+        new = {s: Fingerprint.from_dict(f) for s, f in fingerprints.items() if s not in known}
+        if not known:
+            plans = plan_federation(new, self._options)
+        elif self._options.mode == "consensus":
+            plans = {**known, **{site: deepcopy(next(iter(known.values()))) for site in new}}
+        else:
+            chosen = next(iter(known.values()))["configurations"][self._options.configuration]
+            stages = chosen["architecture"]["arch_kwargs"]["n_stages"]
+            options = replace(self._options, max_stages=stages)
+            plans = {**known, **{site: plan_federation({site: f}, options)[site] for site, f in new.items()}}
         check_architectures_agree(plans)
         return plans
 

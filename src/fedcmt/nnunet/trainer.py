@@ -8,9 +8,10 @@ precision are nnU-Net's own.
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,17 +27,37 @@ from fedcmt.randomness import RandomStream
 
 logger = logging.getLogger(__name__)
 
-LossHook = Callable[[Tensor, nn.Module, Mapping[str, Any], Any], Tensor]
-"""(nnU-Net's loss, network, batch, output) -> loss to minimise."""
+
+@dataclass(frozen=True)
+class Batch:
+    """A training step's tensors on the trainer's device.
+
+    Attributes:
+      data: Input patches [B, C, *spatial].
+      logits: Full-resolution logits [B, K, *spatial], or pooled ones [B, K] of a classifier.
+      target: Labels [B, 1, *spatial], regions [B, K, *spatial], or classes [B].
+      valid: True where the target counts, the logits' shape without axis 1; None where all of it does.
+    """
+
+    data: Tensor
+    logits: Tensor
+    target: Tensor
+    valid: Tensor | None
+
+
+LossHook = Callable[[Tensor, Batch], Tensor]
+"""(the task's loss, batch) -> loss to minimise."""
 
 
 class SiteTrainer(nnUNetTrainer):
     """One site's trainer for the length of a job; make it with `build_trainer`.
 
     Attributes:
+      score: What `validate` measures, in [0, 1].
       steps_done: Optimiser steps taken since the job began; the learning-rate schedule's clock.
     """
 
+    score: ClassVar[str] = "dice"
     optimizer_config: OptimizerConfig
     grad_clip: float
     total_steps: int
@@ -92,23 +113,62 @@ class SiteTrainer(nnUNetTrainer):
         self.loss_hook = None
         return float(np.mean(losses))
 
+    @contextlib.contextmanager
+    def frozen(self, names: Collection[str]) -> Iterator[None]:
+        """Leave these parameters as they are while in here; the optimiser passes over what has no gradient."""
+        chosen = [parameter for name, parameter in self.module.named_parameters() if name in names]
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in chosen:
+                parameter.requires_grad_(True)
+
+    @property
+    def regions(self) -> bool:
+        """Whether outputs are independent regions and not one choice of label."""
+        return bool(self.label_manager.has_regions)
+
     def train_step(self, batch: dict) -> dict:
         """Stock train_step with the algorithm's loss term and the job's gradient clipping."""
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        target = (
-            [t.to(self.device, non_blocking=True) for t in target]
-            if isinstance(target, list)
-            else target.to(self.device)
-        )
+        data, target = batch["data"].to(self.device, non_blocking=True), self.read_target(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext():
+        with self.autocast():
             output = self.network(data)
-            loss = self.loss(output, target)
+            loss = self.task_loss(output, target)
             if self.loss_hook is not None:
-                loss = self.loss_hook(loss, self.module, {**batch, "data": data, "target": target}, output)
+                loss = self.loss_hook(loss, Batch(data, self.logits(output), *self.truth(target)))
         self._backward(loss)
         return {"loss": loss.detach().cpu().numpy()}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision where the device has it."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def read_target(self, batch: Mapping[str, Any]) -> Any:
+        """The target of a loader's batch as `task_loss` takes it, on the device."""
+        target = batch["target"]
+        if isinstance(target, list):
+            return [t.to(self.device, non_blocking=True) for t in target]
+        return target.to(self.device, non_blocking=True)
+
+    def task_loss(self, output: Any, target: Any) -> Tensor:
+        """The site's own loss, nnU-Net's."""
+        return self.loss(output, target)
+
+    def logits(self, output: Any) -> Tensor:
+        """The one prediction in a network's output: under deep supervision the full-resolution one."""
+        return output[0] if isinstance(output, list | tuple) else output
+
+    def truth(self, target: Any) -> tuple[Tensor, Tensor | None]:
+        """Full-resolution target, and where it counts: not at voxels of the ignore label."""
+        full = target[0] if isinstance(target, list) else target
+        if not self.label_manager.has_ignore_label:
+            return full, None
+        if self.regions:  # nnU-Net appends the ignore mask as a last channel
+            return full[:, :-1], full[:, -1] == 0
+        return full, full[:, 0] != self.label_manager.ignore_label
 
     def _backward(self, loss: Tensor) -> None:
         if self.grad_scaler is None:

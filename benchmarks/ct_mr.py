@@ -1,0 +1,154 @@
+"""FedCMT beside standalone, FedAvg and FedOpt on real CT and MR: same splits, seeds, steps and network.
+
+    nnUNet_raw=/data/nnUNet_raw python benchmarks/ct_mr.py --seeds 0 1 2
+
+runs the job ``ct_mr_fedcmt`` (two CT and two MR sites that segment, one CT site that classifies) once per method and
+seed and prints, per site, mean and standard deviation over seeds, and each method's paired difference from standalone
+and from FedAvg with a 95 % interval. A run whose results are there already is not repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MEAN = ["algorithm.radius=0", "algorithm.agreement_exponent=0", "algorithm.distillation.maximum=0"]
+METHODS: dict[str, tuple[str, list[str]]] = {
+    "standalone": ("ct_mr_standalone", []),
+    "fedavg": ("ct_mr_fedcmt", [*MEAN, 'algorithm.optimizer={"name": "sgd", "lr": 1.0}']),
+    "fedopt": ("ct_mr_fedcmt", MEAN),
+    "fedcmt": ("ct_mr_fedcmt", []),
+    "fedcmt-ca": ("ct_mr_fedcmt", ["algorithm.radius=0"]),
+    "fedcmt-kd": ("ct_mr_fedcmt", ["algorithm.distillation.maximum=0"]),
+    "fedcmt-adapters": ("ct_mr_fedcmt", ["algorithm.adapters=personal"]),
+    "fedcmt-weights": ("ct_mr_fedcmt", ["algorithm.agreement_exponent=0"]),
+}
+"""Method to its job and settings. The first three are the encoder's weighted mean; a minus names what is left out."""
+
+SMALL = {
+    "server.planning.base_features": 16,
+    "server.planning.max_features": 128,
+    "server.planning.max_patch_size": [32, 48, 48],
+    "server.planning.max_stages": 4,
+    "server.planning.batch_size": 2,
+    "sites.optimizer.lr": 0.001,
+    "sites.val_batches": 4,
+    "sites.val_every": 5,
+    "sites.mirroring": False,
+}
+"""A network and patches for two cores."""
+
+Scores = dict[str, dict[str, list[float]]]
+"""Site to test case to one score per seed: mean Dice over labels, or 1 for the right class and 0 for a wrong one."""
+
+
+def main() -> None:
+    """Run what is missing and print the tables."""
+    args = _parse()
+    runs = [(method, seed) for seed in args.seeds for method in args.methods]
+    with ThreadPoolExecutor(args.parallel) as pool:
+        list(pool.map(lambda run: _run(*run, args), runs))
+    scores = {method: _scores([_folder(args, method, seed) for seed in args.seeds]) for method in args.methods}
+    print(_table(scores))
+    for reference in ("standalone", "fedavg"):
+        if reference in scores:
+            print(f"\nPaired differences from {reference}, mean over sites, 95 % interval\n")
+            for method in args.methods:
+                if method != reference:
+                    print(f"{method:<16} {_difference(scores[method], scores[reference])}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["standalone", "fedavg", "fedopt", "fedcmt"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--local-steps", type=int, default=20)
+    parser.add_argument("--set", action="append", default=[], help="as start_fl.sh's; federated methods only get it "
+                        "if it is of the algorithm")  # fmt: skip
+    parser.add_argument("--workspace", type=Path, default=Path("workspace/benchmark_ct_mr"))
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads per run")
+    return parser.parse_args()
+
+
+def _folder(args: argparse.Namespace, method: str, seed: int) -> Path:
+    return (args.workspace / f"{method}_{seed}").absolute()
+
+
+def _run(method: str, seed: int, args: argparse.Namespace) -> None:
+    job, settings = METHODS[method]
+    folder = _folder(args, method, seed)
+    if (folder / "results.json").exists():
+        return
+    command = [sys.executable, "-m", "fedcmt.run", job, "--engine", "inprocess", "--workspace", str(folder)]
+    command += ["--rounds", str(args.rounds), "--local-steps", str(args.local_steps), "--seed", str(seed)]
+    command += ["--threads", str(args.threads)]
+    given = [text for text in args.set if method != "standalone" or not text.startswith("algorithm.")]
+    for text in [*(f"{key}={json.dumps(value)}" for key, value in SMALL.items()), *settings, *given]:
+        command += ["--set", text]
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = {"nnUNet_preprocessed": str((args.workspace / "preprocessed").absolute())}
+    environment = {**os.environ, **shared, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": str(args.threads)}
+    with (folder / "terminal.log").open("w") as log:
+        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise SystemExit(f"{method}, seed {seed} failed: {folder / 'terminal.log'}")
+    print(f"{method}, seed {seed}: done", file=sys.stderr, flush=True)
+
+
+def _scores(folders: Sequence[Path]) -> Scores:
+    scores: Scores = {}
+    for folder in folders:
+        for site, report in json.loads((folder / "results.json").read_text())["sites"].items():
+            predictions = Path(report["model_folder"]) / "predictions" / "imagesTs"
+            for case, value in _case_scores(json.loads((predictions / "metrics.json").read_text())).items():
+                scores.setdefault(site, {}).setdefault(case, []).append(value)
+    return scores
+
+
+def _case_scores(metrics: Mapping) -> dict[str, float]:
+    if "accuracy" in metrics:
+        return {row["case"]: float(row["predicted"] == row["class"]) for row in metrics["per_case"]}
+    cases: dict[str, list[float]] = {}
+    for row in metrics["per_case"]:
+        cases.setdefault(row["case"], []).append(row["dice"])
+    return {case: float(np.mean(values)) for case, values in cases.items()}
+
+
+def _table(scores: Mapping[str, Scores]) -> str:
+    sites = sorted(next(iter(scores.values())))
+    rows = [["method", *sites, "mean"]]
+    for method, by_site in scores.items():
+        per_seed = np.array([np.mean(list(by_site[site].values()), axis=0) for site in sites])
+        per_seed = np.vstack([per_seed, per_seed.mean(axis=0)])
+        cells = [f"{v.mean():.4f} ± {v.std(ddof=1) if len(v) > 1 else 0:.4f}" for v in per_seed]
+        rows.append([method, *cells])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def _difference(scores: Scores, reference: Scores, draws: int = 10_000) -> str:
+    """Mean over sites of the mean paired difference, and its percentile bootstrap over seeds and each site's cases."""
+    random = np.random.default_rng(0)
+    sites = [np.array([np.subtract(scores[s][c], reference[s][c]) for c in scores[s]]) for s in scores]
+    num_seeds = sites[0].shape[1]
+    means = []
+    for _ in range(draws):
+        seeds = random.integers(num_seeds, size=num_seeds)
+        drawn = [site[random.integers(len(site), size=len(site))][:, seeds].mean() for site in sites]
+        means.append(np.mean(drawn))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return f"{np.mean([site.mean() for site in sites]):+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+if __name__ == "__main__":
+    main()
