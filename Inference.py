@@ -1,13 +1,14 @@
-"""Segment images with the models of a finished job.
+"""Segment or classify images with the models of a finished job.
 
-Test images of every site, each into <model folder>/predictions/imagesTs, scored where there are labels:
+Test images of every site, each into <model folder>/predictions/imagesTs: label maps, or probabilities.csv from a
+site that classifies; scored where there are references:
 
     python Inference.py --workspace workspace/brats_sdl
     python Inference.py --workspace workspace/brats_sdl --clients app_client1 --gpu_ids 0
 
 Any folder of images with one site's model:
 
-    python Inference.py --workspace workspace/brats_sdl --clients client1 --input my_images --output my_label_maps
+    python Inference.py --workspace workspace/brats_sdl --clients client1 --input my_images --output my_results
 """
 
 import argparse
@@ -27,8 +28,10 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from fedcmt.data.checks import DatasetError
-from fedcmt.evaluation.metrics import EvaluationError, evaluate_folder, write_scores
+from fedcmt.evaluation.metrics import EvaluationError
 from fedcmt.evaluation.tables import results_table
+
+SEGMENTATION, CLASSIFICATION = "segmentation", "classification"
 
 
 class UserError(Exception):
@@ -43,8 +46,11 @@ class Work:
       client: Site name.
       model: nnU-Net model folder.
       images: Folder of images.
-      output: Folder for label maps and scores.
-      labels: Folder of reference label maps, None without.
+      output: Folder for label maps or probabilities, and for scores.
+      labels: Folder of reference label maps; for classification the data set folder with the cases' classes. None
+        without references.
+      task: What the model does.
+      class_source: Where in ``labels`` the classes are, as `read_classes` takes it; None for segmentation.
     """
 
     client: str
@@ -52,6 +58,8 @@ class Work:
     images: Path
     output: Path
     labels: Path | None
+    task: str = SEGMENTATION
+    class_source: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         works = plan(args)
         gpus = usable_gpus(args)
         if len(works) == 1:
-            segment(works[0], args, gpu=gpus[0] if gpus else None)
+            predict(works[0], args, gpu=gpus[0] if gpus else None)
             failed = []
         else:
             failed = run_side_by_side(works, args, gpus)
@@ -89,7 +97,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--input", type=Path, help="folder of images CASE_0000.nii.gz ...; default: imagesTs of the data set"
     )
     parser.add_argument("--output", type=Path, help="default: <model folder>/predictions/<name of the input folder>")
-    parser.add_argument("--labels", type=Path, help="references to score against; default: labelsTs beside imagesTs")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        help="references to score against: a folder of label maps, or for a classification client a whole data set "
+        "folder with classes.json or classes.csv; default: those of the data set",
+    )
     parser.add_argument("--checkpoint", choices=["final", "best"], default="final")
     parser.add_argument(
         "--disable_tta", action="store_true", help="do not average over mirrored images: faster, less accurate"
@@ -109,10 +122,10 @@ def plan(args: argparse.Namespace) -> list[Work]:
       UserError: If the workspace, a client, a model or images are missing.
     """
     sites = read_sites(args.workspace)
-    clients = [known_client(name, sites) for name in args.clients or [s for s in sites if can_segment(sites[s])]]
+    clients = [known_client(name, sites) for name in args.clients or sites]
     clients = list(dict.fromkeys(clients))
     if not clients:
-        raise UserError(f"{args.workspace}: no site with a segmentation model. Its results.json names {list(sites)}.")
+        raise UserError(f"{args.workspace / 'results.json'}: names no site. Run the job again or restore the file.")
     if len(clients) > 1 and (args.input or args.output or args.labels):
         raise UserError(
             f"--input, --output and --labels are for one client; got {', '.join(clients)}. Name one with --clients."
@@ -141,28 +154,29 @@ def known_client(name: str, sites: Mapping[str, Mapping]) -> str:
     """The site of this name, with or without FLARE's ``app_`` in front.
 
     Raises:
-      UserError: If there is none, or it does not segment.
+      UserError: If there is none, or its task is unknown.
     """
     found = next((n for n in (name, name.removeprefix("app_"), f"app_{name}") if n in sites), None)
     if found is None:
         raise UserError(f"unknown client {name!r}; this workspace has {', '.join(sites)}.")
-    if not can_segment(sites[found]):
+    if task_of(sites[found]) not in (SEGMENTATION, CLASSIFICATION):
         raise UserError(
-            f"client {found} has a {sites[found].get('task')} model; Inference.py runs segmentation models."
+            f"client {found} has a {task_of(sites[found])!r} model; expected {SEGMENTATION} or {CLASSIFICATION}. "
+            "Restore results.json."
         )
     return found
 
 
-def can_segment(site: Mapping) -> bool:
-    """Whether the site's model gives label maps."""
-    return site.get("task", "segmentation") == "segmentation"
+def task_of(site: Mapping) -> str:
+    """What the site's model does."""
+    return site.get("task", SEGMENTATION)
 
 
 def plan_client(client: str, site: Mapping, args: argparse.Namespace) -> Work:
     """Where one client's model, images, labels and results are.
 
     Raises:
-      UserError: If the model or the images are missing.
+      UserError: If the model, the images or the labels asked for are missing.
     """
     if not site.get("model_folder"):
         raise UserError(
@@ -175,13 +189,44 @@ def plan_client(client: str, site: Mapping, args: argparse.Namespace) -> Work:
     if not images.is_dir():
         hint = "Check it." if args.input else "Put test images there, or give --input."
         raise UserError(f"client {client}: no folder of images {images}. {hint}")
-    labels = args.labels
-    if labels is not None and not labels.is_dir():
-        raise UserError(f"client {client}: no folder of labels {labels}. Check --labels.")
-    if labels is None and args.input is None and (images.parent / "labelsTs").is_dir():
-        labels = images.parent / "labelsTs"
+    if args.labels is not None and not args.labels.is_dir():
+        raise UserError(f"client {client}: no folder of labels {args.labels}. Check --labels.")
     output = args.output or model / "predictions" / images.resolve().name
+    dataset = images.parent if args.input is None else None
+    if task_of(site) == CLASSIFICATION:
+        labels, source = plan_classes(client, site, dataset, args.labels)
+        return Work(client, model, images, output, labels, CLASSIFICATION, source)
+    labels = args.labels
+    if labels is None and dataset is not None and (dataset / "labelsTs").is_dir():
+        labels = dataset / "labelsTs"
     return Work(client, model, images, output, labels)
+
+
+def plan_classes(
+    client: str, site: Mapping, dataset: Path | None, labels: Path | None
+) -> tuple[Path | None, str | None]:
+    """The data set folder with the true classes of a classification client's cases, and their source; or neither.
+
+    Args:
+      client: Site name.
+      site: Its entry of results.json.
+      dataset: The data set the images belong to; None for images from elsewhere.
+      labels: What --labels says.
+
+    Raises:
+      UserError: If --labels holds no file of classes.
+    """
+    if labels is not None and class_file(labels) is None:
+        raise UserError(f"client {client}: neither classes.json nor classes.csv in {labels}. Check --labels.")
+    if labels is not None:
+        return labels, class_file(labels)
+    source = (site.get("classes") or class_file(dataset)) if dataset else None
+    return (dataset, source) if source else (None, None)
+
+
+def class_file(dataset: Path) -> str | None:
+    """The file of classes in a data set folder, if it has one."""
+    return next((name for name in ("classes.json", "classes.csv") if (dataset / name).is_file()), None)
 
 
 def raw_dataset(workspace: Path, dataset: str) -> Path:
@@ -223,36 +268,36 @@ def usable_gpus(args: argparse.Namespace) -> list[int]:
     return list(dict.fromkeys(args.gpu_ids))
 
 
-def segment(work: Work, args: argparse.Namespace, gpu: int | None) -> None:
-    """Predict one site's label maps in this process and score them.
+def predict(work: Work, args: argparse.Namespace, gpu: int | None) -> None:
+    """Predict one site's cases in this process and score them.
 
     Raises:
       UserError, DatasetError, EvaluationError, OSError: With the file in question and what to do.
     """
     import torch
 
-    from fedcmt.nnunet.predict import PredictionInputError, predict_folder
+    from fedcmt import prediction
+    from fedcmt.nnunet.predict import PredictionInputError
 
     if gpu is not None:
         torch.cuda.set_device(gpu)
     check_writable(work.output)
+    classifies = work.task == CLASSIFICATION
+    done = "classified" if classifies else "segmented"
+    settings = prediction.PredictionSettings(
+        device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
+        checkpoint=f"checkpoint_{args.checkpoint}.pth",
+        mirroring=not args.disable_tta,
+        progress=lambda count, total: print(f"{work.client}: {count} of {total} cases {done}", flush=True),
+    )
     try:
-        predict_folder(
-            work.model,
-            work.images,
-            work.output,
-            device=torch.device("cpu") if gpu is None else torch.device("cuda", gpu),
-            checkpoint=f"checkpoint_{args.checkpoint}.pth",
-            mirroring=not args.disable_tta,
-            progress=lambda done, total: print(f"{work.client}: {done} of {total} cases segmented", flush=True),
-        )
+        if classifies:
+            prediction.classify(work.model, work.images, work.output, work.labels, work.class_source, settings)
+        else:
+            prediction.segment(work.model, work.images, work.output, work.labels, settings)
     except PredictionInputError as error:
         raise UserError(str(error)) from error
-    print(f"{work.client}: label maps in {work.output}", flush=True)
-    if work.labels is not None:
-        dataset_json = json.loads((work.model / "dataset.json").read_text())
-        scores = evaluate_folder(work.output, work.labels, dataset_json, dataset_json["file_ending"])
-        write_scores(scores, work.output)
+    print(f"{work.client}: {'probabilities' if classifies else 'label maps'} in {work.output}", flush=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -317,9 +362,12 @@ def cpu_places(num_sites: int) -> list[dict[str, str]]:
 
 def show_scores(works: Sequence[Work], failed: Sequence[str]) -> None:
     """Print a table of the sites that were scored."""
-    done = [work for work in works if work.labels is not None and work.client not in failed]
-    if done:
-        sites = {w.client: {"test": json.loads((w.output / "metrics.json").read_text())} for w in done}
+    scored = [work for work in works if work.client not in failed and (work.output / "metrics.json").is_file()]
+    if scored:
+        sites = {
+            work.client: {"task": work.task, "test": json.loads((work.output / "metrics.json").read_text())}
+            for work in scored
+        }
         print("\n" + results_table({"sites": sites}), end="")
     if failed:
         print(f"error: {len(failed)} of {len(works)} clients failed: {', '.join(failed)}; see above.", file=sys.stderr)

@@ -5,7 +5,9 @@
 (a) Gram matrix and combination over NumPy reading the same bytes twice with one sgemm per chunk;
 (b) FedHCA2's way (stack flattened copies, one Gram product, SciPy's SLSQP, weighted sum) over ours;
     peak memory of each beyond the mapped files and the result;
-(c) the solver's milliseconds and objective beside SLSQP's at a tight tolerance.
+(c) the solver's milliseconds and objective beside SLSQP's at a tight tolerance;
+(d) FedCMT's server from a round's last upload to the payloads of the next, all inner products included;
+(e) the slope of resident memory over rounds of smaller updates, as FedCMT's server goes from state to state.
 
 Files are in the page cache, everything runs in one process, and the ways take turns. On a machine that others use, the
 best turns say most.
@@ -30,7 +32,9 @@ from safetensors.torch import save_file
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
+from fedcmt.algorithms.base import Participant, State, Update
 from fedcmt.algorithms.conflict_averse import GramMatrix, combine, rescale, solve
+from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.params import Params
 
 Updates = dict[str, Params]
@@ -47,10 +51,16 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=48, help="tensors per update")
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each")
     parser.add_argument("--solver-sites", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=50, help="rounds over which memory is fitted, but for 10 first")
+    parser.add_argument("--round-elements", type=int, default=1_000_000, help="float32 numbers per update there")
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:  # first: memory that others have freed would serve unseen
+        small = _mapped_updates(Path(folder), options.sites, options.round_elements, options.tensors)
+        _fit_memory(small, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         updates = _mapped_updates(Path(folder), options.sites, options.elements, options.tensors)
         _compare_passes(updates, options.turns)
+        _time_rounds(updates, options.turns)
     _compare_solvers(options.solver_sites)
 
 
@@ -100,15 +110,15 @@ def _compare_passes(updates: Updates, turns: int) -> None:
 
 
 def _ours(updates: Updates) -> Params:
-    solution = solve(_gram(updates).matrix(), np.full(len(updates), 1 / len(updates)), RADIUS)
+    solution = solve(_gram(updates), np.full(len(updates), 1 / len(updates)), RADIUS)
     return combine(updates, rescale(solution.coefficients, RADIUS, 2))
 
 
-def _gram(updates: Updates) -> GramMatrix:
+def _gram(updates: Updates) -> np.ndarray:
     gram = GramMatrix()
     for site, update in updates.items():
         gram.add(site, update)
-    return gram
+    return gram.matrix()
 
 
 def _combination(updates: Updates) -> Params:
@@ -188,6 +198,61 @@ def _compare_solvers(num_sites: int, instances: int = 20) -> None:
     print(f"  objective, ours - SLSQP, relative: {min(differences):.1e} to {max(differences):.1e}")
 
 
+def _time_rounds(updates: Updates, turns: int) -> None:
+    """The server's part of a round; the first is not counted, as it has no momentum."""
+    algorithm, state, participants = _federation(updates, turns + 1)
+    aggregate_s, payload_s = [], []
+    for _ in range(turns + 1):
+        started = time.perf_counter()
+        state = algorithm.aggregate(state, _uploads(updates))
+        aggregated = time.perf_counter()
+        for participant in participants:
+            algorithm.payload(state, participant)
+        aggregate_s.append(aggregated - started)
+        payload_s.append(time.perf_counter() - aggregated)
+    print(f"FedCMT's server, {len(updates)} updates as above, {turns} rounds after the first")
+    print(
+        f"  aggregate {min(aggregate_s[1:]):.3f} s at best, {statistics.median(aggregate_s[1:]):.3f} s median; "
+        f"payloads {1e3 * statistics.median(payload_s[1:]):.2f} ms"
+    )
+
+
+def _fit_memory(updates: Updates, num_rounds: int, first: int = 10) -> None:
+    """The slope of resident memory over the rounds after the first ones, by least squares."""
+    algorithm, state, participants = _federation(updates, num_rounds)
+    resident = []
+    for _ in range(num_rounds):
+        state = algorithm.aggregate(state, _uploads(updates))
+        for participant in participants:
+            algorithm.payload(state, participant)
+        resident.append(_status_mib("VmRSS"))
+    late = resident[first:]
+    slope = np.polyfit(np.arange(len(late)), late, 1)[0]
+    num_elements = sum(tensor.numel() for tensor in next(iter(updates.values())).values())
+    print(f"FedCMT's server, {len(updates)} updates of {num_elements:,}, {num_rounds} rounds")
+    print(
+        f"  resident memory after the first {first}: {slope:+.3f} MiB a round, "
+        f"from {late[0]:.1f} to {late[-1]:.1f} MiB, {late[-1] / late[0]:.4f} times"
+    )
+
+
+def _federation(updates: Updates, num_rounds: int) -> tuple[FedCMT, State, list[Participant]]:
+    """FedCMT before its first round, with one tensor of the encoder for each of an update's."""
+    algorithm = FedCMT()
+    initial = {name: torch.zeros_like(tensor) for name, tensor in _encoder(next(iter(updates.values()))).items()}
+    wire_shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+    participants = [Participant(site, "MR", ("T1",), 10 + k, wire_shapes) for k, site in enumerate(updates)]
+    return algorithm, algorithm.init(initial, participants, num_rounds), participants
+
+
+def _uploads(updates: Updates) -> dict[str, Update]:
+    return {site: Update(_encoder(update), 10 + k, 250) for k, (site, update) in enumerate(updates.items())}
+
+
+def _encoder(update: Params) -> Params:
+    return {f"encoder.stages.{1 + k % 5}.{name}": tensor for k, (name, tensor) in enumerate(update.items())}
+
+
 def _seconds(way: Callable[[Updates], object], updates: Updates) -> float:
     started = time.perf_counter()
     way(updates)
@@ -197,29 +262,30 @@ def _seconds(way: Callable[[Updates], object], updates: Updates) -> float:
 def _peak_mib(way: Callable[[Updates], object], updates: Updates) -> float:
     """Peak growth of anonymous memory: mapped pages of the updates' files are not counted."""
     ctypes.CDLL(None).malloc_trim(0)  # memory freed before would serve unseen
-    before = _anonymous_mib()
+    before = _status_mib("RssAnon")
     peak, done = before, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.001):
-            peak = max(peak, _anonymous_mib())
+            peak = max(peak, _status_mib("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     result = way(updates)
     done.set()
     watcher.join()
-    peak = max(peak, _anonymous_mib())
+    peak = max(peak, _status_mib("RssAnon"))
     del result
     return peak - before
 
 
-def _anonymous_mib() -> float:
+def _status_mib(field: str) -> float:
+    """A field of Linux's /proc/self/status, e.g. RssAnon (Linux 4.5) or VmRSS."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError("/proc/self/status has no RssAnon; this needs Linux 4.5 or later")
+    raise RuntimeError(f"/proc/self/status has no {field}; this needs Linux 4.5 or later")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
 import numpy as np
+
+from fedcmt.evaluation.classification import read_probabilities
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,11 +38,12 @@ METHODS: dict[str, tuple[str, list[str]]] = {
 """Method to its job and settings. The first three are the encoder's weighted mean; a minus names what is left out."""
 
 SMALL = {
-    "server.planning.base_features": 16,
+    "server.planning.base_features": 8,
     "server.planning.max_features": 128,
-    "server.planning.max_patch_size": [32, 48, 48],
+    "server.planning.max_patch_size": [24, 40, 40],
     "server.planning.max_stages": 4,
     "server.planning.batch_size": 2,
+    "sites.fold": "all",
     "sites.optimizer.lr": 0.001,
     "sites.val_batches": 4,
     "sites.val_every": 5,
@@ -110,16 +115,23 @@ def _scores(folders: Sequence[Path]) -> Scores:
     for folder in folders:
         for site, report in json.loads((folder / "results.json").read_text())["sites"].items():
             predictions = Path(report["model_folder"]) / "predictions" / "imagesTs"
-            for case, value in _case_scores(json.loads((predictions / "metrics.json").read_text())).items():
+            dataset = folder / "nnUNet_raw" / report["dataset"]
+            cases = _right(predictions, dataset) if report["task"] == "classification" else _dice(predictions)
+            for case, value in cases.items():
                 scores.setdefault(site, {}).setdefault(case, []).append(value)
     return scores
 
 
-def _case_scores(metrics: Mapping) -> dict[str, float]:
-    if "accuracy" in metrics:
-        return {row["case"]: float(row["predicted"] == row["class"]) for row in metrics["per_case"]}
+def _right(predictions: Path, dataset: Path) -> dict[str, float]:
+    truth = json.loads((dataset / "classes.json").read_text())
+    names, probabilities = read_probabilities(predictions / "probabilities.csv")
+    assert list(names) == truth["classes"], dataset
+    return {case: float(np.argmax(p) == truth["cases"][case]) for case, p in probabilities.items()}
+
+
+def _dice(predictions: Path) -> dict[str, float]:
     cases: dict[str, list[float]] = {}
-    for row in metrics["per_case"]:
+    for row in json.loads((predictions / "metrics.json").read_text())["per_case"]:
         cases.setdefault(row["case"], []).append(row["dice"])
     return {case: float(np.mean(values)) for case, values in cases.items()}
 

@@ -23,7 +23,8 @@ SITE = {"dataset_id": 7, "modality": "MR"}
 NUMBER = "a whole number from 1"
 BAD_SITE = [
     ("dataset_id", 0, "1 to 999"), ("dataset_id", 1000, "1 to 999"), ("dataset_id", "7", "1 to 999"),
-    ("modality", "", "e.g. MR or CT"), ("modality", 3, "e.g. MR or CT"), ("task", "classify", "segmentation"),
+    ("modality", "", "e.g. MR or CT"), ("modality", 3, "e.g. MR or CT"),
+    ("task", "classify", "segmentation or classification"),
     ("fold", 5, '0 to 4, or "all"'), ("fold", -1, '0 to 4, or "all"'), ("fold", True, '0 to 4, or "all"'),
     ("local_steps", 0, NUMBER), ("local_steps", 2.0, NUMBER), ("val_every", 0, NUMBER), ("val_batches", "5", NUMBER),
     ("num_processes", 0, NUMBER), ("grad_clip", 0, "above 0"), ("grad_clip", math.nan, "above 0"),
@@ -187,3 +188,10 @@ def test_an_infinite_rate_is_refused() -> None:
 def test_something_else_than_an_algorithm_is_not_called() -> None:
     with pytest.raises(ConfigError, match="not an Algorithm"):
         build_algorithm({"path": "fedcmt.config.ConfigError", "args": {}})
+
+
+def test_where_a_classifier_s_classes_stand_is_one_of_three() -> None:
+    site = {"dataset_id": 3, "modality": "CT", "task": "classification"}
+    assert SiteConfig.from_dict(site, "x").classes == "classes.json"
+    with pytest.raises(ConfigError, match=r"classes is 'labels', expected classes\.json, classes\.csv, majority"):
+        SiteConfig.from_dict(site | {"classes": "labels"}, "x")

@@ -18,7 +18,7 @@ from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import ServerConfig
 from fedcmt.federation import Federation, FederationError
 from fedcmt.json_file import read_json
-from fedcmt.messages import Failure, Message, Task
+from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import Params, load_tensors
 
@@ -64,12 +64,15 @@ class DirectChannel:
     tampers: Mapping[tuple[Task, str, int | None], Tamper] = field(default_factory=dict)
     sent: list[tuple[Task, str, Message]] = field(default_factory=list)
 
-    def exchange(self, task: Task, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
+    def exchange(
+        self, task: Task, messages: Mapping[str, Message], keep: Keep = as_it_is
+    ) -> dict[str, Message | Failure]:
         answers: dict[str, Message | Failure] = {}
         for site, message in messages.items():
             self.sent.append((task, site, message))
             answer = self.sites[site].handle(task, message)
-            answers[site] = self.tampers.get((task, site, message.meta.get("round")), lambda m: m)(answer)
+            answer = self.tampers.get((task, site, message.meta.get("round")), lambda m: m)(answer)
+            answers[site] = answer if isinstance(answer, Failure) else keep(site, answer)
         return answers
 
     def of(self, task: Task, site: str) -> list[Message]:

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ import SimpleITK as sitk
 import torch
 
 import Inference
-from tests.nnunet.tiny_model import as_image, export_tiny, random_parameters, write_images
+from fedcmt.evaluation.classification import read_probabilities
+from tests.nnunet.tiny_classifier import CLASSES, constant_parameters, export_tiny_classifier
+from tests.nnunet.tiny_model import DATASET_JSON, as_image, export_tiny, random_parameters, write_images
 
 DATASETS = {"client1": "Dataset901_Tiny", "client2": "Dataset902_Tiny"}
 
@@ -25,7 +28,7 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    """Two segmentation sites, of which the first has labels, a classification site and one that failed."""
+    """Two segmentation sites, of which the first has labels."""
     sites: dict[str, dict] = {}
     for client, dataset in DATASETS.items():
         model = f"sites/{client}/nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -35,9 +38,34 @@ def workspace(tmp_path: Path) -> Path:
     labels = tmp_path / "nnUNet_raw" / DATASETS["client1"] / "labelsTs"
     labels.mkdir()
     sitk.WriteImage(as_image(np.full((13, 22, 19), 3, np.uint8)), str(labels / "a_01.nii.gz"))
-    sites["client3"] = {"task": "classification", "dataset": "Dataset903_Tiny", "model_folder": "elsewhere"}
     (tmp_path / "results.json").write_text(json.dumps({"job": "tiny", "sites": sites}))
     return tmp_path
+
+
+@pytest.fixture
+def classifier(workspace: Path) -> Path:
+    """The data set of a classification site in place of client2; its model holds "cyst", class 2, most probable."""
+    model = "sites/client2/nnUNetTrainer__nnUNetPlans__3d_fullres"
+    export_tiny_classifier(workspace / model, constant_parameters((0.0, 0.0, 1.0, 0.0)))
+    dataset = write_dataset(workspace / "nnUNet_raw" / DATASETS["client2"], ("b_02",))
+    results = json.loads((workspace / "results.json").read_text())
+    results["sites"]["client2"] |= {"task": "classification", "classes": "classes.json"}
+    (workspace / "results.json").write_text(json.dumps(results))
+    return dataset
+
+
+def write_dataset(folder: Path, test: tuple[str, ...]) -> Path:
+    """A data set with a training case of each class and, besides a_01 and these test cases, the classes of all."""
+    training = {f"t_{index}": index for index in range(4)}
+    write_images(folder / "imagesTr", tuple(training))
+    write_images(folder / "imagesTs", ("a_01", *test))
+    (folder / "labelsTr").mkdir()
+    for case in training:
+        sitk.WriteImage(as_image(np.full((13, 22, 19), 3, np.uint8)), str(folder / "labelsTr" / f"{case}.nii.gz"))
+    (folder / "dataset.json").write_text(json.dumps({**DATASET_JSON, "numTraining": 4}))
+    cases = {"a_01": 2, **training, **dict.fromkeys(test, 0)}
+    (folder / "classes.json").write_text(json.dumps({"classes": CLASSES, "cases": cases}))
+    return folder
 
 
 def output_of(workspace: Path, client: str) -> Path:
@@ -86,12 +114,99 @@ def test_any_folder_with_labels_elsewhere(workspace: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["cases"] == 1
 
 
-def test_all_segmentation_clients_run_in_child_processes(workspace: Path) -> None:
-    """From another folder and without PYTHONPATH, as a user would call it; client2 fails alone."""
-    (workspace / "nnUNet_raw" / DATASETS["client2"] / "imagesTs" / "a_01_0002.nii.gz").unlink()
+def test_references_without_images_are_named_before_predicting(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = workspace / "nnUNet_raw" / DATASETS["client1"] / "labelsTs"
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "b.nii.gz").write_bytes(b"an older prediction")
+    for case in ("b", "c"):
+        (labels / f"{case}.nii.gz").touch()
+    message = fails(capsys, "--workspace", workspace, "--clients", "client1", "--output", tmp_path / "o")
+    assert "labelsTs: 2 of 3 references have no images: b, c" in message
+    assert [f.name for f in (tmp_path / "o").iterdir()] == ["b.nii.gz"]
+
+
+def test_a_classification_client_gets_probabilities_and_scores(
+    workspace: Path, classifier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Inference.main(["--workspace", str(workspace), "--clients", "client2"]) == 0
+    folder = output_of(workspace, "client2")
+    assert {f.name for f in folder.iterdir()} == {"probabilities.csv", "metrics.json", "metrics.csv"}
+    names, probabilities = read_probabilities(folder / "probabilities.csv")
+    assert names == CLASSES
+    assert probabilities["b_02"] == pytest.approx([1 / (3 + np.e)] * 2 + [np.e / (3 + np.e), 1 / (3 + np.e)], abs=1e-3)
+    # a_01 is a cyst, b_02 a tumour that is taken for one; the probabilities are equal, so nothing ranks right.
+    scores = json.loads((folder / "metrics.json").read_text())
+    expected = {"cases": 2, "accuracy": 0.5, "balanced_accuracy": 0.5, "auc": 0.5, "classes": list(CLASSES)}
+    assert {k: v for k, v in scores.items() if k != "confusion"} == expected
+    assert [row[2] for row in scores["confusion"]] == [1, 0, 1, 0]
+    with (folder / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["accuracy"], row["tumour as cyst"], row["tumour as tumour"]) == ("0.5", "1", "0")
+    out = capsys.readouterr().out
+    assert "client2: 2 of 2 cases classified" in out
+    assert out.splitlines()[-2].split() == ["site", "cases", "accuracy", "balanced", "accuracy", "AUC"]
+    assert out.splitlines()[-1].split() == ["client2", "2", "0.5000", "0.5000", "0.5000"]
+
+
+def test_unknown_classes_give_probabilities_alone_and_old_scores_go(
+    workspace: Path, classifier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads((classifier / "classes.json").read_text())
+    content["cases"] |= {"a_01": None, "b_02": None}
+    (classifier / "classes.json").write_text(json.dumps(content))
+    folder = output_of(workspace, "client2")
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text("{}")
+    assert Inference.main(["--workspace", str(workspace), "--clients", "client2"]) == 0
+    assert [f.name for f in folder.iterdir()] == ["probabilities.csv"]
+    assert "accuracy" not in capsys.readouterr().out
+
+
+def test_classes_of_a_client_come_from_another_data_set_folder(
+    workspace: Path, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_dataset(tmp_path / "other", ("n_1", "n_2"))
+    here = ("--workspace", workspace, "--clients", "client2", "--input", other / "imagesTs", "--output", tmp_path / "o")
+    assert Inference.main([str(a) for a in here]) == 0
+    assert [f.name for f in (tmp_path / "o").iterdir()] == ["probabilities.csv"]
+    assert Inference.main([str(a) for a in (*here, "--labels", other)]) == 0
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["accuracy"] == pytest.approx(1 / 3)
+    (tmp_path / "o" / "probabilities.csv").unlink()
+    assert "3 cases: n_1, n_2." in fails(capsys, *here, "--labels", classifier)
+    content = json.loads((other / "classes.json").read_text()) | {"classes": [*CLASSES[:3], "else"]}
+    (other / "classes.json").write_text(json.dumps(content))
+    assert "'else'], the model ['tumour'" in fails(capsys, *here, "--labels", other)
+    assert "neither classes.json nor classes.csv" in fails(capsys, *here, "--labels", other / "imagesTs")
+    assert not (tmp_path / "o" / "probabilities.csv").exists()
+
+
+def test_a_task_that_does_not_fit_the_model_is_named(
+    workspace: Path, classifier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (workspace / "results.json").read_text()
+    here = ("--workspace", workspace, "--clients", "client2")
+    (workspace / "results.json").write_text(text.replace('"classification"', '"segmentation"'))
+    assert "a classification model" in fails(capsys, *here)
+    (workspace / "results.json").write_text(text.replace('"classification"', '"registration"'))
+    assert "'registration' model; expected segmentation or classification" in fails(capsys, *here)
+
+
+def test_both_tasks_run_side_by_side(workspace: Path, classifier: Path) -> None:
+    done = run_all(workspace)
+    assert done.returncode == 0, done.stderr
+    assert (output_of(workspace, "client1") / "a_01.nii.gz").is_file()
+    assert (output_of(workspace, "client2") / "probabilities.csv").is_file()
+    tables = done.stdout.split("\n\n")
+    assert [table.splitlines()[-1].split()[0] for table in tables[-2:]] == ["client1", "client2"]
+
+
+def run_all(workspace: Path) -> subprocess.CompletedProcess[str]:
+    """From another folder and without PYTHONPATH, as a user would call it."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "nnUNet_raw")}
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, Inference.__file__, "--workspace", "."],
         cwd=workspace,
         env=environment,
@@ -100,6 +215,11 @@ def test_all_segmentation_clients_run_in_child_processes(workspace: Path) -> Non
         timeout=300,
         check=False,
     )
+
+
+def test_clients_run_in_child_processes_and_fail_alone(workspace: Path) -> None:
+    (workspace / "nnUNet_raw" / DATASETS["client2"] / "imagesTs" / "a_01_0002.nii.gz").unlink()
+    done = run_all(workspace)
     assert done.returncode == 1
     assert (output_of(workspace, "client1") / "metrics.csv").is_file()
     assert done.stdout.count("no CUDA device") == 1
@@ -113,8 +233,7 @@ def test_all_segmentation_clients_run_in_child_processes(workspace: Path) -> Non
 
 def test_user_errors_are_one_line(workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = ("--workspace", workspace)
-    assert "client1, client2, client3" in fails(capsys, *here, "--clients", "client9")
-    assert "classification" in fails(capsys, *here, "--clients", "client3")
+    assert "client1, client2." in fails(capsys, *here, "--clients", "client9")
     assert "--input" in fails(capsys, *here, "--input", tmp_path)
     assert "no folder of images" in fails(capsys, *here, "--clients", "client1", "--input", tmp_path / "absent")
     assert "checkpoint_best.pth" in fails(capsys, *here, "--clients", "client1", "--checkpoint", "best")

@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 PACKAGE = SOURCE / "fedcmt"
 ALGORITHMS_MAY = (
-    "torch", "numpy", "scipy", "sklearn", "fedcmt.params", "fedcmt.models", "fedcmt.algorithms",
+    "torch", "numpy", "scipy", "sklearn", "fedcmt.params", "fedcmt.settings", "fedcmt.models", "fedcmt.algorithms",
 )  # fmt: skip
 
 

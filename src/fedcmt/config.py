@@ -6,19 +6,19 @@ half of the algorithm) with ``site.json`` (data and local training).
 """
 
 import importlib
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from fedcmt.algorithms.base import Algorithm
+from fedcmt.data.classes import SOURCES
 from fedcmt.json_file import read_json
+from fedcmt.settings import is_int, is_number, require
 
 SERVER_CONFIG = Path("server/config/config_fed_server.json")
 
 TASKS = ("segmentation", "classification")
-CLASS_SOURCES = ("classes.json", "classes.csv", "majority")
 
 _T = TypeVar("_T")
 
@@ -39,8 +39,7 @@ def _build(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
 
 
 def _require(ok: bool, where: str, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{where}: {key} is {value!r}, expected {expected}")
+    require(ok, where, key, value, expected, ConfigError)
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,16 @@ class OptimizerConfig:
         """
         config = _build(cls, values, where)
         _require(config.name in ("AdamW", "Adam", "SGD"), where, "name", config.name, "AdamW, Adam or SGD")
-        _require(_is_number(config.lr) and config.lr > 0, where, "lr", config.lr, "a number above 0")
+        _require(is_number(config.lr) and config.lr > 0, where, "lr", config.lr, "a number above 0")
         _require(
-            _is_number(config.weight_decay) and config.weight_decay >= 0,
+            is_number(config.weight_decay) and config.weight_decay >= 0,
             where,
             "weight_decay",
             config.weight_decay,
             ">= 0",
         )
         _require(
-            _is_number(config.momentum) and 0 <= config.momentum < 1, where, "momentum", config.momentum, "in [0, 1)"
+            is_number(config.momentum) and 0 <= config.momentum < 1, where, "momentum", config.momentum, "in [0, 1)"
         )
         _require(
             config.momentum == 0 or config.name == "SGD", where, "momentum", config.momentum, f"0 for {config.name}"
@@ -133,7 +132,7 @@ class SiteConfig:
         optimizer = OptimizerConfig.from_dict(given, f"{where}: optimizer")
         config = _build(cls, {**values, "optimizer": optimizer}, where)
         _require(
-            _is_int(config.dataset_id) and 0 < config.dataset_id < 1000,
+            is_int(config.dataset_id) and 0 < config.dataset_id < 1000,
             where,
             "dataset_id",
             config.dataset_id,
@@ -147,15 +146,15 @@ class SiteConfig:
             "e.g. MR or CT",
         )
         _require(config.task in TASKS, where, "task", config.task, " or ".join(TASKS))
-        _require(config.classes in CLASS_SOURCES, where, "classes", config.classes, ", ".join(CLASS_SOURCES))
-        fold_ok = config.fold == "all" or (_is_int(config.fold) and 0 <= config.fold <= 4)
+        _require(config.classes in SOURCES, where, "classes", config.classes, ", ".join(SOURCES))
+        fold_ok = config.fold == "all" or (is_int(config.fold) and 0 <= config.fold <= 4)
         _require(fold_ok, where, "fold", config.fold, '0 to 4, or "all"')
         for key, least in (("local_steps", 1), ("val_every", 1), ("val_batches", 1), ("num_processes", 1)):
             value = getattr(config, key)
-            _require(_is_int(value) and value >= least, where, key, value, f"a whole number from {least}")
-        _require(_is_number(config.grad_clip) and config.grad_clip > 0, where, "grad_clip", config.grad_clip, "above 0")
+            _require(is_int(value) and value >= least, where, key, value, f"a whole number from {least}")
+        _require(is_number(config.grad_clip) and config.grad_clip > 0, where, "grad_clip", config.grad_clip, "above 0")
         _require(isinstance(config.mirroring, bool), where, "mirroring", config.mirroring, "true or false")
-        workers_ok = config.num_workers is None or (_is_int(config.num_workers) and config.num_workers >= 0)
+        workers_ok = config.num_workers is None or (is_int(config.num_workers) and config.num_workers >= 0)
         _require(workers_ok, where, "num_workers", config.num_workers, "null or a whole number from 0")
         _require(config.device in ("auto", "cpu", "cuda"), where, "device", config.device, "auto, cpu or cuda")
         channels_ok = config.channels is None or (
@@ -196,7 +195,7 @@ class ServerConfig:
         """
         config = _build(cls, values, where)
         _require(
-            _is_int(config.num_rounds) and config.num_rounds >= 1,
+            is_int(config.num_rounds) and config.num_rounds >= 1,
             where,
             "num_rounds",
             config.num_rounds,
@@ -204,16 +203,16 @@ class ServerConfig:
         )
         _require(isinstance(config.planning, dict), where, "planning", config.planning, "an object")
         _require(
-            config.min_sites is None or (_is_int(config.min_sites) and config.min_sites >= 1),
+            config.min_sites is None or (is_int(config.min_sites) and config.min_sites >= 1),
             where,
             "min_sites",
             config.min_sites,
             "null or >= 1",
         )
-        _require(_is_int(config.seed) and config.seed >= 0, where, "seed", config.seed, "a whole number from 0")
+        _require(is_int(config.seed) and config.seed >= 0, where, "seed", config.seed, "a whole number from 0")
         for key in ("round_timeout", "setup_timeout"):
             value = getattr(config, key)
-            _require(_is_int(value) and value >= 1, where, key, value, "seconds, from 1")
+            _require(is_int(value) and value >= 1, where, key, value, "seconds, from 1")
         return config
 
 
@@ -319,11 +318,3 @@ def build_algorithm(spec: Mapping[str, Any]) -> Algorithm:
         return cls(**spec.get("args", {}))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm {spec['path']!r} with args {spec.get('args', {})}: {error}") from error
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

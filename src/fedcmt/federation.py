@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors
+from fedcmt.uploads import SpooledUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -193,15 +195,17 @@ class Federation:
     def _round(
         self, channel: Channel, round_idx: int, state: State, participants: Sequence[Participant]
     ) -> tuple[State, dict[str, Update]]:
-        """All turns of a round: the state after it, and the updates that made it."""
+        """All turns of a round: the state after it, and the updates that made it, without their tensors."""
         all_updates: dict[str, Update] = {}
         all_failures: dict[str, str] = {}
         for turn in self._algorithm.turns(round_idx, participants):
-            updates, failures = self._turn(channel, round_idx, state, turn)
-            all_updates.update(updates)
+            # On disk, so that memory does not grow with the number of sites.
+            with SpooledUpdates(self._folder / "uploads") as spool:
+                updates, failures = self._turn(channel, round_idx, state, turn, spool)
+                if updates:
+                    state = self._algorithm.aggregate(state, updates)
+            all_updates.update({site: replace(update, delta={}, extras={}) for site, update in updates.items()})
             all_failures.update(failures)
-            if updates:
-                state = self._algorithm.aggregate(state, updates)
         least = self._least(participants)
         if len(all_updates) < least:
             raise FederationError(
@@ -212,14 +216,17 @@ class Federation:
         return state, all_updates
 
     def _turn(
-        self, channel: Channel, round_idx: int, state: State, turn: Sequence[Participant]
+        self, channel: Channel, round_idx: int, state: State, turn: Sequence[Participant], spool: SpooledUpdates
     ) -> tuple[dict[str, Update], dict[str, str]]:
+        def keep(site: str, answer: Message) -> Message:
+            return replace(answer, tensors=spool.add(site, answer.tensors))
+
         requests = {}
         for site in turn:
             payload = self._algorithm.payload(state, site)
             meta = {"round": round_idx, "frozen": sorted(payload.frozen)}
             requests[site.name] = Message(meta, payload.tensors, payload.extras)
-        answers = channel.exchange(Task.TRAIN, requests)
+        answers = channel.exchange(Task.TRAIN, requests, keep)
         updates: dict[str, Update] = {}
         failures: dict[str, str] = {}
         for site in turn:

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fedcmt.config import JobConfig, build_algorithm
 from fedcmt.federation import Federation
-from fedcmt.messages import Failure, Message, Task, failure_of
+from fedcmt.messages import Failure, Keep, Message, Task, as_it_is, failure_of
 from fedcmt.nnunet.planner import FederatedPlanner
 from fedcmt.params import Params
 from fedcmt.site import Site
@@ -27,13 +27,15 @@ class InProcessChannel:
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self._sites = sites
 
-    def exchange(self, task: Task, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
+    def exchange(
+        self, task: Task, messages: Mapping[str, Message], keep: Keep = as_it_is
+    ) -> dict[str, Message | Failure]:
         """One site after the other, in the order of the messages."""
-        return {site: self._one(task, site, message) for site, message in messages.items()}
+        return {site: self._one(task, site, message, keep) for site, message in messages.items()}
 
-    def _one(self, task: Task, site: str, message: Message) -> Message | Failure:
+    def _one(self, task: Task, site: str, message: Message, keep: Keep) -> Message | Failure:
         try:
-            return _copied(self._sites[site].handle(task, _copied(message)))
+            return keep(site, _copied(self._sites[site].handle(task, _copied(message))))
         except Exception as error:
             logger.error("%s: task %s failed: %s", site, task.value, error)
             logger.debug("traceback", exc_info=error)

@@ -1,6 +1,6 @@
 """What travels between server and sites, whatever carries it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -44,9 +44,24 @@ def failure_of(task: Task, error: BaseException) -> Failure:
     return Failure(f"{type(error).__name__} in task {task.value!r}, explained in the site's log")
 
 
+Keep = Callable[[str, Message], Message]
+"""(site, its answer) -> what to hold of it until all answers are there."""
+
+
+def as_it_is(site: str, answer: Message) -> Message:
+    """Hold an answer in memory."""
+    return answer
+
+
 class Channel(Protocol):
     """An engine: carries one message to each site named and brings back one answer for each."""
 
-    def exchange(self, task: Task, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
-        """Block until every site has answered, failed or run out of time."""
+    def exchange(
+        self, task: Task, messages: Mapping[str, Message], keep: Keep = as_it_is
+    ) -> dict[str, Message | Failure]:
+        """Block until every site has answered, failed or run out of time.
+
+        Each answer goes through ``keep`` as it arrives, on any thread; a ValueError or OSError there is its site's
+        failure.
+        """
         ...

@@ -317,6 +317,7 @@ def _environment(run: Run, job: JobConfig, options: argparse.Namespace) -> dict[
         RESUME_VARIABLE: "1" if options.resume else "0",
         THREADS_VARIABLE: str(threads),
         "OMP_NUM_THREADS": str(threads),
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),  # or glibc keeps the memory of uploads that are on disk by now
         GPUS_VARIABLE: json.dumps(_gpus_by_site(options, job)),
     }
     for variable in _NNUNET_VARIABLES:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +12,19 @@ import torch
 
 from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.config import SiteConfig
-from fedcmt.data.checks import list_cases
-from fedcmt.evaluation.metrics import evaluate_folder, write_scores
+from fedcmt.data.classes import read_classes
 from fedcmt.messages import Message
 from fedcmt.models.scopes import Partition
+from fedcmt.nnunet.classifier import classifier_of
 from fedcmt.nnunet.export import export_model_folder, model_folder
 from fedcmt.nnunet.network import input_parameters
 from fedcmt.nnunet.paths import nnunet_paths
-from fedcmt.nnunet.predict import predict_folder
 from fedcmt.nnunet.teacher import Teacher
-from fedcmt.nnunet.trainer import Batch, LossHook, build_trainer
+from fedcmt.nnunet.trainer import Batch, LossHook, SiteTrainer, build_trainer
 from fedcmt.params import Params, copy_into, delta, load_tensors, save_tensors, shapes, snapshot
 from fedcmt.progress import Progress
 from fedcmt.randomness import RandomStream, derive_seed
+from fedcmt.whole_cases import WholeCases, site_device
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +65,19 @@ class Prepared:
 class Session:
     """A prepared site: trainer, partition, random stream, and the models it keeps."""
 
-    def __init__(self, name: str, config: SiteConfig, algorithm: Algorithm, folder: Path, prepared: Prepared) -> None:
+    def __init__(
+        self, name: str, config: SiteConfig, algorithm: Algorithm, folder: Path, dataset: Path, prepared: Prepared
+    ) -> None:
         self._name = name
         self._config = config
         self._algorithm = algorithm
         self._folder = folder
+        self._dataset = dataset
         self._prepared = prepared
         self._random = RandomStream(derive_seed(prepared.seed, "site", name))
+        self._classes = None
+        if config.task == "classification":
+            self._classes = read_classes(dataset, prepared.dataset_json, config.classes)
         with nnunet_paths(results=folder / "trainer"), self._random.active():
             self.trainer = build_trainer(
                 prepared.plans,
@@ -84,6 +89,7 @@ class Session:
                 grad_clip=config.grad_clip,
                 total_steps=config.local_steps * prepared.num_rounds,
                 seed=derive_seed(prepared.seed, "network"),
+                make=SiteTrainer if self._classes is None else classifier_of(self._classes),
             )
         names = prepared.dataset_json["channel_names"]
         self.channels = [names[str(c)] for c in range(len(names))]
@@ -143,7 +149,7 @@ class Session:
             )
         return metrics | self._validate("trained", round_idx) | {"loss": loss}, seconds
 
-    def finish(self, message: Message, dataset: Path, results: Path) -> dict[str, Any]:
+    def finish(self, message: Message, results: Path) -> dict[str, Any]:
         """Validate and test on whole volumes, and export the stock model folder."""
         if message.tensors:
             with self._random.active():
@@ -160,49 +166,23 @@ class Session:
             configuration=self._prepared.configuration,
             mirroring_axes=self.trainer.inference_allowed_mirroring_axes,
             checkpoints={"final": final, "best": best},
+            classes=None if self._classes is None else self._classes.names,
         )
+        scored = WholeCases(self._name, self._config, folder, self._dataset, self._folder)
         validation = None
         if self._config.fold != "all":
-            validation = self._evaluate(folder, dataset, "Tr", self.trainer.validation_cases()[1])
-        test_cases = (
-            list(list_cases(dataset, dataset_json, images="imagesTs")) if (dataset / "labelsTs").is_dir() else []
-        )
-        test = self._evaluate(folder, dataset, "Ts", test_cases) if test_cases else None
+            validation = scored.scores("Tr", self.trainer.validation_cases()[1])
+        test_cases = scored.test_cases()
+        test = scored.scores("Ts", test_cases) if test_cases else None
         return {
             "task": self._config.task,
-            "dataset": dataset.name,
+            **({"classes": self._config.classes} if self._config.task == "classification" else {}),
+            "dataset": self._dataset.name,
             "model_folder": str(folder.relative_to(results)),
             "steps": self.trainer.steps_done,
             "validation": validation,
             "test": test,
         }
-
-    def _evaluate(self, model_folder: Path, dataset: Path, split: str, cases: list[str]) -> dict[str, Any]:
-        """Segment whole volumes as `Inference.py` does, and score them; per-case rows stay at the site."""
-        dataset_json = self._prepared.dataset_json
-        ending = dataset_json["file_ending"]
-        files = list_cases(dataset, dataset_json, images=f"images{split}")
-        output = model_folder / "predictions" / f"images{split}"
-        with tempfile.TemporaryDirectory(dir=self._folder) as temporary:
-            images, labels = Path(temporary, "images"), Path(temporary, "labels")
-            images.mkdir()
-            labels.mkdir()
-            for case in cases:
-                for file in files[case]:
-                    (images / file.name).symlink_to(file.resolve())
-                (labels / (case + ending)).symlink_to((dataset / f"labels{split}" / (case + ending)).resolve())
-            progress = Progress(f"{self._name}: predicting images{split}", logger)
-            predict_folder(
-                model_folder,
-                images,
-                output,
-                device=site_device(self._config),
-                mirroring=self._config.mirroring,
-                progress=progress.update,
-            )
-            scores = evaluate_folder(output, labels, dataset_json, ending)
-        write_scores(scores, output)
-        return scores.summary()
 
     def _receive(self, message: Message) -> Params:
         """Copy a payload into the network; returns it by parameter name on the network's device."""
@@ -289,10 +269,3 @@ class Session:
         self.trainer.load_state(parts["optimizer"], meta["optimizer"])
         self._random.load(parts["random"], meta["random"])
         self._best_score = meta["best_score"]
-
-
-def site_device(config: SiteConfig) -> torch.device:
-    """Where a site trains and predicts."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)

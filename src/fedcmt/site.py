@@ -15,6 +15,7 @@ import torch
 from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import SiteConfig
 from fedcmt.data.checks import check_dataset, find_dataset, read_dataset_json
+from fedcmt.data.classes import read_classes
 from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Message, Task
 from fedcmt.nnunet.fingerprint import Fingerprint, bin_policy
@@ -23,7 +24,8 @@ from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.params import serialized_size
 from fedcmt.privacy.egress import EgressLedger
 from fedcmt.progress import Progress
-from fedcmt.session import Prepared, Reporter, Session, site_device
+from fedcmt.session import Prepared, Reporter, Session
+from fedcmt.whole_cases import site_device
 from fedcmt.workspace import THREADS_VARIABLE, environment, nnunet_folder
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ class Site:
         folds = None if self._config.fold == "all" else 5
         logger.info("%s: checking %s", self.name, self._dataset.name)
         check_dataset(self._dataset, num_folds=folds, channels=self._config.channels)
+        if self._config.task == "classification":
+            read_classes(self._dataset, read_dataset_json(self._dataset), self._config.classes)
         logger.info("%s: extracting the fingerprint", self.name)
         own = own_fingerprint(self._dataset, options)
         write_json(self._folder / "joined.json", {**message.meta, "fingerprint": own.to_dict()})
@@ -137,7 +141,7 @@ class Site:
 
     def _finish(self, message: Message) -> Message:
         session = self._ready()
-        report = session.finish(message, self._dataset, nnunet_folder("nnUNet_results"))
+        report = session.finish(message, nnunet_folder("nnUNet_results"))
         report["bytes_sent"], report["bytes_received"] = self._bytes["sent"], self._bytes["received"]
         return Message({"report": report})
 
@@ -148,7 +152,7 @@ class Site:
         return self._session
 
     def _open(self, prepared: Prepared) -> Session:
-        return Session(self.name, self._config, self._algorithm, self._folder, prepared)
+        return Session(self.name, self._config, self._algorithm, self._folder, self._dataset, prepared)
 
     def _release(self, task: Task, message: Message, answer: Message) -> None:
         """Check and record the answer, then count the bytes of both directions."""

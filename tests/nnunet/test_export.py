@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fedcmt.nnunet.export import export_model_folder, model_folder, stock_network
 from fedcmt.params import ParameterError
+from tests.nnunet.tiny_classifier import CLASSES, classifier_parameters, export_tiny_classifier
 from tests.nnunet.tiny_model import CONFIGURATION, DATASET_JSON, export_tiny, random_parameters, tiny_plans
 
 
@@ -112,3 +114,23 @@ def test_aliases_do_not_make_the_file_larger(tmp_path: Path) -> None:
     folder = export_tiny(tmp_path, parameters)
     storages = {t.untyped_storage().data_ptr() for t in load(folder)["network_weights"].values()}
     assert len(storages) == len(parameters)
+
+
+def test_stock_nnunet_builds_a_classifier_with_an_output_map_per_class(tmp_path: Path) -> None:
+    parameters = classifier_parameters(3)
+    folder = export_tiny_classifier(tmp_path, parameters)
+    assert json.loads((folder / "classes.json").read_text()) == {"classes": list(CLASSES), "sharpness": 5.0}
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(str(folder), use_folds=("all",))
+    loaded = dict(predictor.network.named_parameters())
+    assert loaded.keys() == parameters.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in parameters.items())
+    assert loaded["decoder.seg_layers.1.weight"].shape[0] == 4
+    assert not predictor.label_manager.has_regions  # although the labels of the data set are
+    assert predictor.dataset_json["channel_names"] == DATASET_JSON["channel_names"]
+
+
+def test_a_segmentation_model_takes_a_classifier_s_place(tmp_path: Path) -> None:
+    folder = export_tiny(export_tiny_classifier(tmp_path, classifier_parameters(3)), random_parameters(0))
+    assert json.loads((folder / "dataset.json").read_text()) == DATASET_JSON
+    assert not (folder / "classes.json").exists()

@@ -5,12 +5,13 @@
 Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning (CAGrad, Algorithm 1), NeurIPS 2021,
 https://arxiv.org/abs/2110.14048, over weight differences as in FedHCA2's Hyper Conflict-Averse Aggregation, Lu et al.,
 CVPR 2024, https://arxiv.org/abs/2311.13250, and with preferences p in place of 1/N. The direction is a weighted sum of
-the updates, and its weights need only their inner products, so two passes over the updates suffice: `GramMatrix`, built
-while uploads arrive, and `combine`.
+the updates, and its weights need only their inner products. So each update is read three times and never held: checked
+as it arrives (`GramMatrix.add`), beside all others (`GramMatrix.matrix`), and once more for the sum (`combine`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -22,10 +23,10 @@ from fedcmt.params import ParameterError, Params, check_finite, check_shapes, sh
 
 Normalisation = Literal["none", "unit", "equalise"]
 
-_CHUNK = 2**16
-"""Elements; a chunk of one update stays in the processor's cache while the others stream past it."""
+_CHUNK = 2**15
+"""Elements; the chunks of all updates share the processor's cache, and torch reads each without starting threads."""
 _MAX_ITERATIONS = 2000
-_GAP_TOLERANCE = 1e-10
+_GAP_TOLERANCE = 1e-13
 _NEGLIGIBLE = 1e-24
 """An update whose squared norm is this far below the largest says nothing, yet would own the worst case."""
 _ZERO_MEAN = 1e-12
@@ -35,16 +36,17 @@ _CLAMP = 1e-6
 
 
 class GramMatrix:
-    """Inner products of the sites' updates, one row per upload, each tensor's apart.
+    """Inner products of the sites' updates, each tensor's apart.
 
     Products of float32 updates run in float32 per chunk, all others in float64; chunks are summed in float64. An update
-    is held by reference and read chunk by chunk, so one mapped from a file stays there. Nothing depends on the order of
-    arrival.
+    is held by reference and read chunk by chunk, so one mapped from a file stays there; it must stay as it is until
+    `matrix` has been called. Nothing depends on the order of arrival.
     """
 
     def __init__(self) -> None:
         self._updates: dict[str, Mapping[str, Tensor]] = {}
-        self._rows: dict[str, dict[str, np.ndarray]] = {}
+        self._products: dict[str, dict[tuple[str, str], float]] = {}
+        """By tensor and by pair of sites in the order of their names."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -52,7 +54,7 @@ class GramMatrix:
         return tuple(sorted(self._updates))
 
     def add(self, site: str, update: Mapping[str, Tensor]) -> None:
-        """Take in one site's update, computing its inner products with those held in one pass.
+        """Take in one site's update, checking it in the pass that squares it.
 
         Args:
           site: Its name, new to this matrix.
@@ -70,14 +72,16 @@ class GramMatrix:
         if self._updates:
             check_shapes(update, shapes(next(iter(self._updates.values()))), where=where)
         check_finite({name: t for name, t in update.items() if not t.is_floating_point()}, where=where)
-        held = [*self._updates.values(), update]
-        rows = {name: _inner_products(tensor, [other[name] for other in held]) for name, tensor in update.items()}
-        _check_rows(rows, update, where)
+        squares = {name: _inner_products([tensor], [(0, 0)])[0] for name, tensor in update.items()}
+        _check_squares(squares, update, where)
         self._updates[site] = update
-        self._rows[site] = rows
+        for name, square in squares.items():
+            self._products.setdefault(name, {})[site, site] = square
 
     def matrix(self, names: Collection[str] | None = None) -> np.ndarray:
         """The Gram matrix over all tensors, or over ``names`` only: a stage's, a single one's.
+
+        Products that no call before has needed are taken in one pass over these tensors of all updates.
 
         Returns:
           float64 [N, N], symmetric, in the order of `sites`.
@@ -87,19 +91,27 @@ class GramMatrix:
         """
         if not self._updates:
             raise ParameterError("Gram matrix: no update yet")
-        arrived = list(self._updates)
-        held = self._rows[arrived[0]]
-        chosen = sorted(held if names is None else names)
-        unknown = [name for name in chosen if name not in held]
+        chosen = sorted(self._products if names is None else names)
+        unknown = [name for name in chosen if name not in self._products]
         if unknown:
             raise ParameterError(f"Gram matrix: no such tensors: {unknown}")
-        lower = np.zeros((len(arrived), len(arrived)))
-        for i, site in enumerate(arrived):
-            for name in chosen:
-                lower[i, : i + 1] += self._rows[site][name]
-        full = lower + np.tril(lower, -1).T
-        order = [arrived.index(site) for site in self.sites]
-        return full[np.ix_(order, order)]
+        sites = self.sites
+        rows, columns = np.triu_indices(len(sites))
+        pairs = [(sites[i], sites[j]) for i, j in zip(rows, columns, strict=True)]
+        upper = np.zeros(len(pairs))
+        for name in chosen:
+            self._complete(name)
+            upper += [self._products[name][pair] for pair in pairs]
+        full = np.zeros((len(sites), len(sites)))
+        full[rows, columns] = full[columns, rows] = upper
+        return full
+
+    def _complete(self, name: str) -> None:
+        """Take the products of one tensor that are still missing."""
+        products, sites = self._products[name], self.sites
+        missing = [(i, j) for i, j in combinations(range(len(sites)), 2) if (sites[i], sites[j]) not in products]
+        values = _inner_products([self._updates[site][name] for site in sites], missing)
+        products |= {(sites[i], sites[j]): value for (i, j), value in zip(missing, values, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,22 +304,23 @@ def _reader(tensor: Tensor) -> Callable[[slice], np.ndarray]:
     return lambda part: flat[part].double().numpy()
 
 
-def _inner_products(tensor: Tensor, others: list[Tensor]) -> np.ndarray:
-    """<tensor, other> for each other, float64 [len(others)], in one pass."""
-    read, readers = _reader(tensor), [_reader(other) for other in others]
-    total = np.zeros(len(readers))
+def _inner_products(tensors: list[Tensor], pairs: list[tuple[int, int]]) -> list[float]:
+    """<tensors[i], tensors[j]> for each pair (i, j), in one pass."""
+    readers = [_reader(tensor) for tensor in tensors]
+    total = [0.0] * len(pairs)
     # Overflow is reported by tensor name afterwards.
     with np.errstate(over="ignore", invalid="ignore"):
-        for part in _chunks(tensor.numel()):
-            own = read(part)
-            # One product per pair: packing rows for a matrix product would copy what is only read here.
-            total += [float(np.dot(own, read_other(part))) for read_other in readers]
+        for part in _chunks(tensors[0].numel() if pairs else 0):
+            chunks = [read(part) for read in readers]
+            # One product per pair: packing eight sites' chunks for a matrix product takes as long as all of these.
+            products = [float(np.dot(chunks[i], chunks[j])) for i, j in pairs]
+            total = [before + product for before, product in zip(total, products, strict=True)]
     return total
 
 
-def _check_rows(rows: Mapping[str, np.ndarray], update: Mapping[str, Tensor], where: str) -> None:
-    """A NaN or an infinity shows in a tensor's product with itself, so finding it costs no further pass."""
-    suspicious = [name for name, row in rows.items() if not np.isfinite(row).all()]
+def _check_squares(squares: Mapping[str, float], update: Mapping[str, Tensor], where: str) -> None:
+    """A NaN or an infinity shows in a tensor's square, so finding it costs no further pass."""
+    suspicious = [name for name, square in squares.items() if not np.isfinite(square)]
     check_finite({name: update[name] for name in suspicious}, where=where)
     if suspicious:
         raise ParameterError(f"{where}: values too large, inner products overflow: {suspicious}")
@@ -315,13 +328,14 @@ def _check_rows(rows: Mapping[str, np.ndarray], update: Mapping[str, Tensor], wh
 
 def _weighted_sum(shape: tuple[int, ...], tensors: list[Tensor], factors: np.ndarray) -> Tensor:
     out = torch.empty(shape, dtype=torch.float32)
-    flat, flats = out.view(-1).numpy(), [_flat(tensor) for tensor in tensors]
-    buffer = torch.empty((len(flats), min(_CHUNK, flat.size)), dtype=torch.float64)
+    flat, readers = out.view(-1).numpy(), [_reader(tensor) for tensor in tensors]
+    buffer = np.empty((len(readers), min(_CHUNK, flat.size)))
     for part in _chunks(flat.size):
         chunk = buffer[:, : part.stop - part.start]
-        for row, own in zip(chunk, flats, strict=True):
-            row.copy_(own[part])
-        flat[part] = factors @ chunk.numpy()
+        for row, read in zip(chunk, readers, strict=True):
+            row[:] = read(part)
+        # A BLAS product here starts threads for each chunk, and they wait for each other wherever cores are shared.
+        flat[part] = np.einsum("i,ij->j", factors, chunk)
     return out
 
 

@@ -1,19 +1,20 @@
 """Global-to-local distillation: keep a site's predictions near those of the model it received.
 
 The released FedCMT takes the cross-entropy of the student against the teacher's softmax, averaged over classes, as in
-incremental segmentation (Michieli and Zanuttigh, ICCV Workshops 2019). The KL divergence summed over classes has the same
-gradient up to the number of classes, and is 0 where student and teacher agree, so its value can be read.
+incremental segmentation (Michieli and Zanuttigh, ICCV Workshops 2019). The KL divergence summed over classes has the
+same gradient up to the number of classes, and is 0 where student and teacher agree, so its value can be read.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from fedcmt.settings import is_number, read_settings, require
+
+_WHERE = "distillation"
 _NEGLIGIBLE = 1e-3
 
 
@@ -39,21 +40,21 @@ class Distillation:
         Raises:
           ValueError: Naming the setting, what came and what was expected.
         """
-        for name, ok, expected in (
-            ("maximum", _is_number(self.maximum) and self.maximum >= 0, "a number from 0"),
-            ("temperature", _is_number(self.temperature) and self.temperature > 0, "a number above 0"),
-            ("start", _is_number(self.start) and 0 <= self.start <= 1, "a number in [0, 1]"),
+        for key, ok, expected in (
+            ("maximum", is_number(self.maximum) and self.maximum >= 0, "a number from 0"),
+            ("temperature", is_number(self.temperature) and self.temperature > 0, "a number above 0"),
+            ("start", is_number(self.start) and 0 <= self.start <= 1, "a number in [0, 1]"),
             ("gate", isinstance(self.gate, bool), "true or false"),
         ):
-            if not ok:
-                raise ValueError(f"distillation: {name} is {getattr(self, name)!r}, expected {expected}")
+            require(ok, _WHERE, key, getattr(self, key), expected)
 
     def coefficient(self, round_idx: int, num_rounds: int) -> float:
         """The weight of the term in a 0-based round.
 
-        0 in round 0, where there is nothing to keep near to; then ``maximum`` times a straight line from ``start`` in
-        round 1 to 1 in the last round, and 1 beyond it. A job of two rounds has only the end of the line. Exactly 0 where
-        it would be below 1e-3, so that the teacher can be left out.
+        0 in round 0, where there is nothing to keep near to. In round r of R rounds
+        ``maximum * (start + (1 - start) * min(1, (r - 1) / (R - 2)))``: a straight line from ``start`` in round 1 to 1
+        in the last round, and 1 beyond it; with R = 2 round 1 is the last and has ``maximum``. Exactly 0 where it would
+        be below 1e-3, so that the teacher can be left out.
         """
         if round_idx < 1:
             return 0.0
@@ -71,22 +72,26 @@ class Distillation:
           valid: True where a voxel or sample counts, the logits' shape without axis 1; None for everywhere.
 
         Returns:
-          Scalar float32 ≥ 0; 0 with a gradient of 0 if nothing counts.
+          Scalar float32, ≥ 0 up to rounding. Value and gradient are exactly 0 if student and teacher are equal, or if
+          nothing counts.
+
+        Raises:
+          ValueError: If the teacher's shape is not the student's, or ``valid`` does not fit them.
         """
-        student = student.float() / self.temperature
-        teacher = teacher.detach().float() / self.temperature
+        _check(teacher.shape == student.shape, "teacher's logits", teacher, f"the student's {tuple(student.shape)}")
+        _check_valid(valid, student)
+        student, teacher = student.float() / self.temperature, teacher.detach().float() / self.temperature
         if regions:
-            shift = functional.softplus(student) - functional.softplus(teacher)
-            divergence = torch.sigmoid(teacher) * (teacher - student) + shift
+            # A region is a choice between two classes with logits (z, 0).
+            student, teacher = (torch.stack((z, torch.zeros_like(z)), dim=1) for z in (student, teacher))
+            per_voxel = _categorical_kl(student, teacher).sum(1)
         else:
-            log_teacher, log_student = teacher.log_softmax(1), student.log_softmax(1)
-            divergence = log_teacher.exp() * (log_teacher - log_student)
-        per_voxel = self.temperature**2 * divergence.sum(1)
+            per_voxel = _categorical_kl(student, teacher)
+        per_voxel = self.temperature**2 * per_voxel
         if valid is None:
             return per_voxel.mean()
         return torch.where(valid, per_voxel, 0.0).sum() / valid.sum().clamp(min=1)
 
-    @torch.no_grad()
     def trust(self, teacher: Tensor, target: Tensor, *, regions: bool, valid: Tensor | None = None) -> Tensor:
         """How right the teacher is on a batch, in [0, 1]: accuracy of classes, mean hard Dice of labels or regions.
 
@@ -98,24 +103,22 @@ class Distillation:
           valid: As for `divergence`.
 
         Returns:
-          Scalar without gradient. Dice is the mean over foreground labels or regions that target or teacher hold; 1 if
-          there are none, and if no class is known.
+          Scalar float32 without gradient. Dice is taken over the batch and is the mean over the foreground labels or
+          regions that target or teacher hold; 1 if there are none, and if no class is known.
+
+        Raises:
+          ValueError: If the target's shape or ``valid`` does not fit the logits.
         """
-        if teacher.ndim == 2:
-            known = target >= 0
-            right = (teacher.argmax(1) == target)[known].float()
-            return right.mean() if right.numel() else teacher.new_ones(())
-        if regions:
-            ours, truth = teacher > 0, target > 0
+        batch, outputs, *spatial = teacher.shape
+        expected = (batch, outputs if regions else 1, *spatial) if spatial else (batch,)
+        _check(target.shape == expected, "target", target, str(expected))
+        _check_valid(valid, teacher)
+        if spatial:
+            scores = _hard_dice(teacher, target, regions, valid)
         else:
-            classes = torch.arange(1, teacher.shape[1], device=teacher.device).view(1, -1, *[1] * (teacher.ndim - 2))
-            ours, truth = teacher.argmax(1, keepdim=True) == classes, target == classes
-        if valid is not None:
-            ours, truth = ours & valid.unsqueeze(1), truth & valid.unsqueeze(1)
-        axes = [0, *range(2, teacher.ndim)]
-        both, either = (ours & truth).sum(axes).float(), (ours.sum(axes) + truth.sum(axes)).float()
-        dice = (2 * both / either)[either > 0]
-        return dice.mean() if dice.numel() else teacher.new_ones(())
+            known = target >= 0 if valid is None else (target >= 0) & valid
+            scores = (teacher.argmax(1) == target)[known].float()
+        return scores.mean() if scores.numel() else torch.ones((), device=teacher.device)
 
 
 def read_distillation(values: Mapping[str, Any]) -> Distillation:
@@ -125,12 +128,43 @@ def read_distillation(values: Mapping[str, Any]) -> Distillation:
       TypeError: If a key is unknown.
       ValueError: If a value is out of range.
     """
-    known = {f.name for f in fields(Distillation)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise TypeError(f"distillation: unknown keys {unknown}; known keys: {sorted(known)}")
-    return Distillation(**values)
+    return read_settings(Distillation, values, _WHERE)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _categorical_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(softmax teacher ‖ softmax student) over axis 1: Σ p_T (z_T − z_S) + ln Σ exp z_S − ln Σ exp z_T.
+
+    In this form the gradient's two halves, softmax z_S and p_T, come from the same operations and cancel to the bit
+    where student and teacher agree; log_softmax leaves rounding, since its probabilities do not sum to exactly 1.
+    """
+    # With the largest logit at 0 both logarithms stay within [0, ln K], and large logits cancel nothing.
+    student = student - student.detach().amax(1, keepdim=True)
+    teacher = teacher - teacher.amax(1, keepdim=True)
+    log_sum = teacher.logsumexp(1, keepdim=True)
+    cross = ((teacher - log_sum).exp() * (teacher - student)).sum(1)
+    return cross + student.logsumexp(1) - log_sum.squeeze(1)
+
+
+def _hard_dice(teacher: Tensor, target: Tensor, regions: bool, valid: Tensor | None) -> Tensor:
+    """Dice over the batch of each foreground label or region that occurs; arguments as for `Distillation.trust`."""
+    if regions:
+        ours, truth = teacher > 0, target > 0
+    else:
+        labels = torch.arange(1, teacher.shape[1], device=teacher.device).view(1, -1, *[1] * (teacher.ndim - 2))
+        ours, truth = teacher.argmax(1, keepdim=True) == labels, target == labels
+    if valid is not None:
+        ours, truth = ours & valid.unsqueeze(1), truth & valid.unsqueeze(1)
+    axes = [0, *range(2, teacher.ndim)]
+    both, sizes = (ours & truth).sum(axes), ours.sum(axes) + truth.sum(axes)
+    return (2 * both / sizes)[sizes > 0]
+
+
+def _check_valid(valid: Tensor | None, logits: Tensor) -> None:
+    if valid is not None:
+        expected = (logits.shape[0], *logits.shape[2:])
+        _check(valid.shape == expected and valid.dtype == torch.bool, "valid", valid, f"bool {expected}")
+
+
+def _check(ok: bool, what: str, tensor: Tensor, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"distillation: {what}: {tensor.dtype} {tuple(tensor.shape)}, expected {expected}")

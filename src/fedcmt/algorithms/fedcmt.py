@@ -17,7 +17,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from fedcmt.algorithms.fedavg import weighted_mean
 from fedcmt.algorithms.fedopt import FEDCMT_SERVER, read_optimizer
 from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER, PERSONAL_ADAPTER
 from fedcmt.params import ParameterError, Params, norm
+from fedcmt.settings import is_number, require
 
 logger = logging.getLogger(__name__)
 
@@ -90,16 +91,22 @@ class FedCMT(Algorithm):
         optimizer: Mapping[str, Any] | None = None,
         distillation: Mapping[str, Any] | None = None,
     ) -> None:
-        _require(0 <= radius < 1, "radius", radius, "in [0, 1)")
-        _require(adaptive_radius is None or 0 <= adaptive_radius < 1, "adaptive_radius", adaptive_radius, "in [0, 1)")
-        _require(rescale in (0, 1, 2), "rescale", rescale, "0, 1 or 2")
-        _require(granularity in ("whole", "stage", "tensor"), "granularity", granularity, "whole, stage or tensor")
-        _require(
-            normalisation in ("none", "unit", "equalise"), "normalisation", normalisation, "none, unit or equalise"
-        )
-        _require(case_exponent >= 0, "case_exponent", case_exponent, "at least 0")
-        _require(agreement_exponent >= 0, "agreement_exponent", agreement_exponent, "at least 0")
-        _require(adapters in ("group", "personal"), "adapters", adapters, "group or personal")
+        for key, value, ok, expected in (
+            ("radius", radius, is_number(radius) and 0 <= radius < 1, "in [0, 1)"),
+            ("adaptive_radius", adaptive_radius, _is_radius_or_none(adaptive_radius), "null or in [0, 1)"),
+            ("rescale", rescale, rescale in (0, 1, 2), "0, 1 or 2"),
+            ("granularity", granularity, granularity in get_args(Granularity), "whole, stage or tensor"),
+            ("normalisation", normalisation, normalisation in get_args(Normalisation), "none, unit or equalise"),
+            ("case_exponent", case_exponent, is_number(case_exponent) and case_exponent >= 0, "at least 0"),
+            (
+                "agreement_exponent",
+                agreement_exponent,
+                is_number(agreement_exponent) and agreement_exponent >= 0,
+                "at least 0",
+            ),
+            ("adapters", adapters, adapters in ("group", "personal"), "group or personal"),
+        ):
+            require(ok, "FedCMT", key, value, expected)
         self.radius = radius
         self.adaptive_radius = adaptive_radius
         self.rescale: Literal[0, 1, 2] = rescale
@@ -313,6 +320,5 @@ def _step_curves(before: Params, after: Params, encoders: Mapping[str, Params]) 
     return curves
 
 
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"FedCMT: {key} is {value!r}, expected {expected}")
+def _is_radius_or_none(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and is_number(value) and 0 <= value < 1)

@@ -7,7 +7,7 @@ momentum 0.6 and a cosine from learning rate 1.0 to 0.9.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from fedcmt.algorithms.base import Participant, State, Update
 from fedcmt.algorithms.fedavg import FedAvg, weighted_mean
 from fedcmt.params import Params, check_shapes, shapes
+from fedcmt.settings import is_number, read_settings, require
 
+_WHERE = "server optimizer"
 _NAMES = ("sgd", "adam", "yogi", "adagrad")
 _SCHEDULES = '{"name": "constant"} or {"name": "cosine", "floor": 0 to 1}'
 
@@ -26,16 +28,7 @@ def _is_schedule(value: object) -> bool:
         return False
     if value["name"] == "constant":
         return set(value) == {"name"}
-    return set(value) == {"name", "floor"} and _is_number(value["floor"]) and 0 <= value["floor"] <= 1
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"server optimizer: {key} is {value!r}, expected {expected}")
+    return set(value) == {"name", "floor"} and is_number(value["floor"]) and 0 <= value["floor"] <= 1
 
 
 @dataclass(frozen=True)
@@ -65,17 +58,21 @@ class ServerOptimizer:
         Raises:
           ValueError: Naming the setting, what came and what was expected.
         """
-        _require(self.name in _NAMES, "name", self.name, f"one of {', '.join(_NAMES)}")
-        _require(_is_number(self.lr) and self.lr > 0, "lr", self.lr, "a number above 0")
-        _require(_is_number(self.momentum) and 0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        _require(
-            self.name == "sgd" or self.momentum == 0, "momentum", self.momentum, f"0 for {self.name}: it has betas"
+        require(self.name in _NAMES, _WHERE, "name", self.name, f"one of {', '.join(_NAMES)}")
+        require(is_number(self.lr) and self.lr > 0, _WHERE, "lr", self.lr, "a number above 0")
+        require(is_number(self.momentum) and 0 <= self.momentum < 1, _WHERE, "momentum", self.momentum, "in [0, 1)")
+        require(
+            self.name == "sgd" or self.momentum == 0,
+            _WHERE,
+            "momentum",
+            self.momentum,
+            f"0 for {self.name}: it has betas",
         )
         betas_ok = isinstance(self.betas, Sequence) and len(self.betas) == 2
-        betas_ok = betas_ok and all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas)
-        _require(betas_ok, "betas", self.betas, "two numbers in [0, 1)")
-        _require(_is_number(self.tau) and self.tau > 0, "tau", self.tau, "a number above 0")
-        _require(_is_schedule(self.schedule), "schedule", self.schedule, _SCHEDULES)
+        betas_ok = betas_ok and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        require(betas_ok, _WHERE, "betas", self.betas, "two numbers in [0, 1)")
+        require(is_number(self.tau) and self.tau > 0, _WHERE, "tau", self.tau, "a number above 0")
+        require(_is_schedule(self.schedule), _WHERE, "schedule", self.schedule, _SCHEDULES)
 
     def learning_rate(self, round_idx: int, num_rounds: int) -> float:
         """The learning rate of a 0-based round; from round ``num_rounds`` on it stays at its last value.
@@ -185,8 +182,4 @@ def read_optimizer(values: Mapping[str, Any]) -> ServerOptimizer:
       TypeError: If a key is unknown, or ``name`` or ``lr`` is missing.
       ValueError: If a value is out of range.
     """
-    known = {f.name for f in fields(ServerOptimizer)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise TypeError(f"server optimizer: unknown keys {unknown}; known keys: {sorted(known)}")
-    return ServerOptimizer(**values)
+    return read_settings(ServerOptimizer, values, _WHERE)

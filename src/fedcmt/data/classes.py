@@ -11,11 +11,11 @@ import numpy as np
 from fedcmt.data.checks import (
     READ_ERRORS,
     DatasetError,
+    list_cases,
+    list_training_cases,
     raise_if,
     read_voxels,
     reason_of,
-    list_cases,
-    list_training_cases,
 )
 from fedcmt.json_file import JsonFileError, read_json
 

@@ -22,7 +22,7 @@ from fedcmt.federation import Federation, FederationError
 from fedcmt.flare.codec import decode_answer, encode, register_tensors
 from fedcmt.json_file import write_json
 from fedcmt.logs import log_for_launcher
-from fedcmt.messages import Failure, Message, Task
+from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
 from fedcmt.nnunet.planner import FederatedPlanner
 from fedcmt.workspace import is_resuming, workspace_folder
 
@@ -118,15 +118,19 @@ class _FlareChannel:
         self._abort = abort_signal
         self._config = config
 
-    def exchange(self, task: Task, messages: Mapping[str, Message]) -> dict[str, Message | Failure]:
+    def exchange(
+        self, task: Task, messages: Mapping[str, Message], keep: Keep = as_it_is
+    ) -> dict[str, Message | Failure]:
         """Send to every site named, then wait until each task is done, failed or timed out."""
         answers: dict[str, Message | Failure] = {}
 
         def received(client_task: ClientTask, fl_ctx: FLContext) -> None:
+            site = client_task.client.name
             try:
-                answers[client_task.client.name] = decode_answer(client_task.result)
-            except (KeyError, ValueError, TypeError) as error:
-                answers[client_task.client.name] = Failure(f"unreadable answer: {error}")
+                answer = decode_answer(client_task.result)
+                answers[site] = answer if isinstance(answer, Failure) else keep(site, answer)
+            except (KeyError, ValueError, TypeError, OSError) as error:
+                answers[site] = Failure(f"unreadable answer: {error}")
             client_task.result = None
 
         timeout = self._config.round_timeout if task is Task.TRAIN else self._config.setup_timeout

@@ -18,7 +18,14 @@ def log_sum_exp_pool(logits: Tensor, sharpness: float = SHARPNESS) -> Tensor:
 
     Returns:
       [B, K], float32 (float64 for float64 input).
+
+    Raises:
+      ValueError: If there is no voxel to pool over, or the sharpness is not positive.
     """
+    if logits.ndim < 3 or logits.shape[2:].numel() == 0:
+        raise ValueError(f"log_sum_exp_pool: logits {tuple(logits.shape)}, expected [B, K, *spatial] with voxels")
+    if not sharpness > 0:
+        raise ValueError(f"log_sum_exp_pool: sharpness is {sharpness!r}, expected a number above 0")
     flat = logits.flatten(2)
     flat = flat if flat.dtype == torch.float64 else flat.float()
     return (torch.logsumexp(sharpness * flat, dim=2) - math.log(flat.shape[2])) / sharpness

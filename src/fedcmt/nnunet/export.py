@@ -5,7 +5,7 @@ strict load keeps whichever alias comes last; so parameters are copied into a ne
 aliases come from there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,10 +14,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from fedcmt.json_file import write_json
+from fedcmt.models.pooling import SHARPNESS
 from fedcmt.nnunet.network import build_network
 from fedcmt.params import ParameterError, check_names, copy_into
 
 _CHECKPOINTS = {"final": "checkpoint_final.pth", "best": "checkpoint_best.pth"}
+
+CLASSES_FILE = "classes.json"
+"""In a classifier's model folder only: ``{"classes": [name, ...], "sharpness": of the pooling}``."""
 
 
 def model_folder(results: Path, plans: Mapping, configuration: str, trainer_name: str = "nnUNetTrainer") -> Path:
@@ -40,6 +44,20 @@ def stock_network(plans: Mapping, dataset_json: Mapping, configuration: str) -> 
         return build_network(plans, configuration, num_inputs, dataset_json)
 
 
+def classifier_dataset_json(dataset_json: Mapping, classes: Sequence[str]) -> dict:
+    """A dataset.json for which nnU-Net builds one output map per class.
+
+    Args:
+      dataset_json: The site's, whose labels or regions give way to the classes.
+      classes: Class names in the order of their indices.
+    """
+    kept = {key: value for key, value in dataset_json.items() if key not in ("labels", "regions_class_order")}
+    # nnU-Net wants a background, at 0, and makes one output per value: the first class shares that one. The prefix
+    # keeps classes from being called what nnU-Net gives a meaning, background and ignore.
+    named = {f"class {name}": index for index, name in enumerate(classes)}
+    return {**kept, "labels": {"background": 0, **named}}
+
+
 def export_model_folder(
     folder: Path,
     *,
@@ -50,11 +68,13 @@ def export_model_folder(
     checkpoints: Mapping[str, Mapping[str, Tensor]],
     fold: str | int = "all",
     trainer_name: str = "nnUNetTrainer",
+    classes: Sequence[str] | None = None,
 ) -> Path:
     """Write a model folder for ``nnUNetv2_predict_from_modelfolder -f <fold>``.
 
     Each file is replaced atomically, and nothing is written unless all parameters fit. The checkpoints hold only
-    tensors and plain values: ``torch.load(weights_only=True)`` reads them.
+    tensors and plain values: ``torch.load(weights_only=True)`` reads them. Stock nnU-Net loads a classifier's folder
+    too, but does not pool: use `classify_folder`.
 
     Args:
       folder: Becomes the model folder; `model_folder` gives nnU-Net's own place for it.
@@ -65,6 +85,7 @@ def export_model_folder(
       checkpoints: ``"final"`` and/or ``"best"`` -> every parameter by its name in ``named_parameters()``.
       fold: Suffix of the fold folder.
       trainer_name: Trainer that stock nnU-Net looks up to build the network.
+      classes: A classifier's class names in the order of its output maps; None for a segmentation model.
 
     Returns:
       ``folder``.
@@ -78,6 +99,8 @@ def export_model_folder(
         raise ValueError(
             f"{folder}: checkpoints {sorted(checkpoints)} to export; expected one or both of {list(_CHECKPOINTS)}."
         )
+    if classes is not None:
+        dataset_json = classifier_dataset_json(dataset_json, classes)
     contents = {}
     for kind, parameters in checkpoints.items():
         network = stock_network(plans, dataset_json, configuration)
@@ -93,6 +116,10 @@ def export_model_folder(
     fold_folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "plans.json", plans, indent=4)
     write_json(folder / "dataset.json", dataset_json, indent=4)
+    if classes is None:
+        (folder / CLASSES_FILE).unlink(missing_ok=True)
+    else:
+        write_json(folder / CLASSES_FILE, {"classes": list(classes), "sharpness": SHARPNESS})
     for kind, content in contents.items():
         _write_checkpoint(fold_folder / _CHECKPOINTS[kind], content)
     return folder

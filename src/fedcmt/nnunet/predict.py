@@ -5,7 +5,7 @@ import gzip
 import io
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from fedcmt.data.checks import list_cases
 from fedcmt.json_file import JsonFileError, read_json
+from fedcmt.nnunet.export import CLASSES_FILE
 
 log = logging.getLogger(__name__)
 
@@ -55,32 +56,32 @@ def predict_folder(
 
     Raises:
       DatasetError: If there are no images, or a case lacks a channel or has one too many; names the files.
-      PredictionInputError: If the model folder lacks a file or its dataset.json is broken, the model is a cascade, or
-        an image cannot be read in full or does not fit the other channels of its case.
+      PredictionInputError: If the model folder lacks a file or its dataset.json is broken, the model is a classifier or
+        a cascade, or an image cannot be read in full or does not fit the other channels of its case.
       OSError: If ``output`` cannot be written.
     """
-    dataset_json = _check_model(model_folder, checkpoint)
-    images = images.resolve()
-    cases = list_cases(images.parent, dataset_json, images=images.name)
-    for files in cases.values():
-        _check_grid(files)
+    dataset_json = check_model(model_folder, checkpoint)
+    if (model_folder / CLASSES_FILE).is_file():
+        raise PredictionInputError(
+            f"{model_folder}: a classification model, which gives probabilities and no label maps. Use classify_folder."
+        )
+    cases = check_images(images, dataset_json)
     output.mkdir(parents=True, exist_ok=True)
-    predictor = _load(model_folder, checkpoint, device=device, mirroring=mirroring)
-    reader = predictor.plans_manager.image_reader_writer_class()
-    report = progress or (lambda done, total: None)
-    report(0, len(cases))
+    predictor = load_predictor(model_folder, checkpoint, device=device, mirroring=mirroring)
+    writer = predictor.plans_manager.image_reader_writer_class()
     written = []
-    for case, files in cases.items():
-        image, properties = _read(reader, case, files)
+    for case, image, properties in read_cases(predictor, cases, progress):
         label_map = predictor.predict_single_npy_array(image, properties, None, None, False)
-        written.append(_write(reader, label_map, output / f"{case}{dataset_json['file_ending']}", properties))
-        log.debug("%s: %d of %d", case, len(written), len(cases))
-        report(len(written), len(cases))
+        written.append(_write(writer, label_map, output / f"{case}{dataset_json['file_ending']}", properties))
     return written
 
 
-def _check_model(folder: Path, checkpoint: str) -> dict:
-    """The model's dataset.json, once everything that nnU-Net will open is there."""
+def check_model(folder: Path, checkpoint: str) -> dict:
+    """The model's dataset.json, once everything that nnU-Net will open is there.
+
+    Raises:
+      PredictionInputError: If a file is missing or dataset.json is broken.
+    """
     for name in ("plans.json", "dataset.json", f"fold_all/{checkpoint}"):
         if not (folder / name).is_file():
             raise PredictionInputError(
@@ -90,6 +91,20 @@ def _check_model(folder: Path, checkpoint: str) -> dict:
         return read_json(folder / "dataset.json")
     except JsonFileError as error:
         raise PredictionInputError(f"{error}. Restore the model folder.") from error
+
+
+def check_images(images: Path, dataset_json: Mapping) -> dict[str, list[Path]]:
+    """The channel files of each case of a folder, every one whole and on the grid of its case.
+
+    Raises:
+      DatasetError: If there are no images, or a case lacks a channel or has one too many; names the files.
+      PredictionInputError: If an image cannot be read in full or does not fit the other channels of its case.
+    """
+    images = images.resolve()
+    cases = list_cases(images.parent, dataset_json, images=images.name)
+    for files in cases.values():
+        _check_grid(files)
+    return cases
 
 
 def _check_grid(files: Sequence[Path]) -> None:
@@ -122,8 +137,12 @@ def _check_whole(file: Path) -> None:
                 pass
 
 
-def _load(folder: Path, checkpoint: str, *, device: torch.device, mirroring: bool) -> nnUNetPredictor:
-    """The stock predictor with the stock command's settings."""
+def load_predictor(folder: Path, checkpoint: str, *, device: torch.device, mirroring: bool) -> nnUNetPredictor:
+    """The stock predictor with the stock command's settings.
+
+    Raises:
+      PredictionInputError: If the model is a cascade.
+    """
     chatter = io.StringIO()
     with contextlib.redirect_stdout(chatter):  # it prints whatever verbose says
         predictor = nnUNetPredictor(
@@ -144,6 +163,23 @@ def _load(folder: Path, checkpoint: str, *, device: torch.device, mirroring: boo
             f"{folder}: a cascade model, which needs an earlier stage's label maps. Use nnUNetv2_predict."
         )
     return predictor
+
+
+def read_cases(
+    predictor: nnUNetPredictor, cases: Mapping[str, Sequence[Path]], progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, np.ndarray, dict]]:
+    """Each case's name, image (channel, z, y, x) and geometry; ``progress`` counts it when the next one is asked for.
+
+    Raises:
+      PredictionInputError: If an image's voxels are damaged.
+    """
+    reader = predictor.plans_manager.image_reader_writer_class()
+    report = progress or (lambda done, total: None)
+    report(0, len(cases))
+    for done, (case, files) in enumerate(cases.items(), start=1):
+        yield case, *_read(reader, case, files)
+        log.debug("%s: %d of %d", case, done, len(cases))
+        report(done, len(cases))
 
 
 def _read(reader: BaseReaderWriter, case: str, files: Sequence[Path]) -> tuple[np.ndarray, dict]:

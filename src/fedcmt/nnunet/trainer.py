@@ -244,6 +244,7 @@ def build_trainer(
     grad_clip: float,
     total_steps: int,
     seed: int,
+    make: Callable[..., SiteTrainer] = SiteTrainer,
 ) -> SiteTrainer:
     """A started trainer with a network initialised from ``seed``.
 
@@ -257,11 +258,12 @@ def build_trainer(
       grad_clip: Largest 2-norm of the gradient.
       total_steps: Local steps of the whole job, for the schedule.
       seed: Of the network's initial values and of the validation patches.
+      make: Gives the trainer, not yet started, from nnU-Net's arguments.
     """
     # The constructor pops this key from the dict it is given (nnU-Net 2.8.1).
     own_plans = {**deepcopy(dict(plans)), "continue_training": False}
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = SiteTrainer(own_plans, configuration, fold, deepcopy(dict(dataset_json)), device)
+        trainer = make(own_plans, configuration, fold, deepcopy(dict(dataset_json)), device)
     # With two stages there is one output, to which nnU-Net's deep supervision gives the weight 0 / 0 (2.8.1).
     stages = plans["configurations"][configuration]["architecture"]["arch_kwargs"]["n_stages"]
     trainer.enable_deep_supervision = stages > 2

@@ -1,0 +1,38 @@
+"""Checks of settings that come from a job's JSON."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def require(ok: bool, where: str, key: str, value: object, expected: str, error: type[ValueError] = ValueError) -> None:
+    """Raise unless ``ok``, saying where, which key, what came and what was expected."""
+    if not ok:
+        raise error(f"{where}: {key} is {value!r}, expected {expected}")
+
+
+def is_int(value: object) -> bool:
+    """A whole number; JSON's true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """A finite number; JSON's true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_settings(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a job's object.
+
+    Raises:
+      TypeError: If a key is unknown or missing.
+      ValueError: If the class refuses a value.
+    """
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise TypeError(f"{where}: unknown keys {unknown}; known keys: {sorted(known)}")
+    return cls(**values)

@@ -1,0 +1,104 @@
+"""Scores of an exported model on whole cases of the site's own data, as `Inference.py` gives them."""
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedcmt.config import SiteConfig
+from fedcmt.data.checks import list_cases, read_dataset_json
+from fedcmt.data.classes import UNKNOWN, CaseClasses, read_classes
+from fedcmt.evaluation.metrics import evaluate_folder, write_scores
+from fedcmt.nnunet.classify import classify_folder, model_classes, write_classification
+from fedcmt.nnunet.predict import predict_folder
+from fedcmt.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class WholeCases:
+    """Predicts and scores; rows of cases stay in the model folder, and only means are returned.
+
+    Args:
+      name: The site's name.
+      config: The site's.
+      model_folder: The exported model; predictions go into its ``predictions/images<split>``.
+      dataset: The site's data set in nnU-Net raw form.
+      scratch: Folder for temporary links.
+    """
+
+    def __init__(self, name: str, config: SiteConfig, model_folder: Path, dataset: Path, scratch: Path) -> None:
+        self._name = name
+        self._config = config
+        self._model_folder = model_folder
+        self._dataset = dataset
+        self._dataset_json = read_dataset_json(dataset)
+        self._scratch = scratch
+
+    def test_cases(self) -> list[str]:
+        """Test cases with a reference: all of imagesTs where there is labelsTs, or those of known class."""
+        if self._config.task == "classification":
+            if not (self._dataset / "imagesTs").is_dir():
+                return []
+            known = self._classes().cases
+            cases = list_cases(self._dataset, self._dataset_json, images="imagesTs")
+            return [case for case in cases if known[case] != UNKNOWN]
+        if not (self._dataset / "labelsTs").is_dir():
+            return []
+        return list(list_cases(self._dataset, self._dataset_json, images="imagesTs"))
+
+    def scores(self, split: str, cases: Sequence[str]) -> dict[str, Any]:
+        """Mean scores of some cases of ``images<split>``, without a case's name."""
+        files = list_cases(self._dataset, self._dataset_json, images=f"images{split}")
+        with tempfile.TemporaryDirectory(dir=self._scratch) as temporary:
+            images, labels = Path(temporary, "images"), Path(temporary, "labels")
+            _link(images, [file for case in cases for file in files[case]])
+            if self._config.task == "classification":
+                return self._classified(split, images)
+            ending = self._dataset_json["file_ending"]
+            _link(labels, [self._dataset / f"labels{split}" / f"{case}{ending}" for case in cases])
+            return self._segmented(split, images, labels)
+
+    def _segmented(self, split: str, images: Path, labels: Path) -> dict[str, Any]:
+        output = self._output(split)
+        predict_folder(self._model_folder, images, output, **self._how(split))
+        scores = evaluate_folder(output, labels, self._dataset_json, self._dataset_json["file_ending"])
+        write_scores(scores, output)
+        return scores.summary()
+
+    def _classified(self, split: str, images: Path) -> dict[str, Any]:
+        probabilities = classify_folder(self._model_folder, images, **self._how(split))
+        names = model_classes(self._model_folder)
+        scores = write_classification(self._output(split), probabilities, names, self._classes())
+        assert scores is not None  # classes are given
+        return scores.summary()
+
+    def _classes(self) -> CaseClasses:
+        return read_classes(self._dataset, self._dataset_json, self._config.classes)
+
+    def _output(self, split: str) -> Path:
+        return self._model_folder / "predictions" / f"images{split}"
+
+    def _how(self, split: str) -> Mapping[str, Any]:
+        progress = Progress(f"{self._name}: predicting images{split}", logger)
+        return {
+            "device": site_device(self._config),
+            "mirroring": self._config.mirroring,
+            "progress": progress.update,
+        }
+
+
+def site_device(config: SiteConfig) -> torch.device:
+    """Where a site trains and predicts."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def _link(folder: Path, files: Sequence[Path]) -> None:
+    folder.mkdir()
+    for file in files:
+        (folder / file.name).symlink_to(file.resolve())
