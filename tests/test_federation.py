@@ -245,6 +245,8 @@ def with_tensor(name: str, tensor: Tensor | None) -> Tamper:
 REFUSED = {
     "not finite": (with_tensor("w", torch.tensor([[0.0, math.nan, 0.0]])), r"not finite: \[w\]"),
     "infinite": (with_tensor("g@ct", torch.tensor([math.inf, 0.0])), r"not finite: \[g@ct\]"),
+    "huge": (with_tensor("w", torch.tensor([[0.0, -1e30, 0.0]])), r"w changes by 1e\+30, at most 1e\+06"),
+    "zero": (lambda m: replace(m, tensors={n: 0 * t for n, t in m.tensors.items()}), r"is zero everywhere"),
     "wrong shape": (with_tensor("w", torch.ones(3, 1)), r"w \(3, 1\) instead of \(1, 3\)"),
     "broadcastable shape": (with_tensor("w", torch.ones(1)), r"w \(1,\) instead of \(1, 3\)"),
     "unknown key": (with_tensor("decoder.bias", torch.ones(2)), r"1 unknown \[decoder\.bias\]"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedcmt.algorithms.base import Algorithm
+from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.algorithms.fedavg import FedAvg
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import OptimizerConfig, SiteConfig
@@ -173,3 +173,30 @@ def test_the_exported_folder_holds_the_last_model_in_every_alias(folders: Path) 
         assert torch.equal(weights[f"decoder.{name}"], last[f"network/{name}"])
     assert report["test"]["cases"] == 1
     assert report["validation"]["cases"] == 1
+
+
+def test_what_is_frozen_stays_as_received_and_is_not_sent(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedCMT())
+    frozen = sorted(name for name in payload if "@" not in name)
+    answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": frozen}, payload))
+    assert set(answer.tensors) == {name for name in payload if "@" in name}
+    last, _ = load_tensors(folders / "site" / "last.safetensors")
+    assert all(torch.equal(last[f"network/{name}"], payload[name]) for name in frozen)
+    assert any(bool(tensor.abs().max() > 0) for tensor in answer.tensors.values())
+
+
+def test_the_first_step_of_a_round_distils_nothing_and_the_next_ones_do(folders: Path) -> None:
+    terms: list[float] = []
+
+    class Spy(FedCMT):
+        def local_loss(self, loss: torch.Tensor, step: LocalStep) -> torch.Tensor:
+            total = super().local_loss(loss, step)
+            terms.append(float((total - loss).detach()))
+            return total
+
+    site, payload = prepared(folders / "site", Spy())
+    for round_idx in (0, 1):
+        site.handle(Task.TRAIN, Message({"round": round_idx, "frozen": []}, payload))
+    assert terms[:2] == [0, 0]  # no distillation in round 0
+    assert terms[2] == pytest.approx(0, abs=1e-5)  # student and teacher are one
+    assert terms[3] > 1e-5

@@ -23,6 +23,9 @@ from fedcmt.uploads import SpooledUpdates
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_CHANGE = 1e6
+"""Of one weight in one round. Weights of a network are of the order of 1; squares of what is larger overflow float32."""
+
 
 class FederationError(RuntimeError):
     """The job cannot go on; the message names the sites and what to look at."""
@@ -324,7 +327,8 @@ def _read_update(answer: Message, site: Participant, request: Message) -> Update
     """The update in a site's answer to a request.
 
     Raises:
-      ParameterError: If it is of another round, or a tensor is missing, unknown, of another shape or not finite.
+      ParameterError: If it is of another round, a tensor is missing, unknown, of another shape, not finite or too
+        large, or all are zero.
     """
     where, round_idx = f"update of site {site.name!r}", request.meta["round"]
     if answer.meta.get("round") != round_idx:
@@ -337,6 +341,7 @@ def _read_update(answer: Message, site: Participant, request: Message) -> Update
     expected = {name: shape for name, shape in site.wire_shapes.items() if name not in request.meta["frozen"]}
     check_shapes(answer.tensors, expected, where=where)
     check_finite(answer.tensors, where=where)
+    _check_size(answer.tensors, where)
     check_finite(answer.extras, where=where)
     return Update(
         delta=answer.tensors,
@@ -345,6 +350,18 @@ def _read_update(answer: Message, site: Participant, request: Message) -> Update
         metrics=metrics,
         extras=answer.extras,
     )
+
+
+def _check_size(delta: Params, where: str) -> None:
+    """Raise `ParameterError` if an update is zero or beyond anything that training does to weights."""
+    largest = {name: float(tensor.abs().max()) for name, tensor in delta.items() if tensor.numel()}
+    if largest and not any(largest.values()):
+        raise ParameterError(f"{where}: is zero everywhere; the site has not trained")
+    beyond = sorted(name for name, value in largest.items() if value > _LARGEST_CHANGE)
+    if beyond:
+        raise ParameterError(
+            f"{where}: {beyond[0]} changes by {largest[beyond[0]]:.3g}, at most {_LARGEST_CHANGE:.0e} is taken"
+        )
 
 
 def _warn_of_lonely_channels(participants: Sequence[Participant]) -> None:
