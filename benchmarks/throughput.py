@@ -1,8 +1,8 @@
 """Training steps per second of a site in a federation beside stock nnUNetTrainer: same plans, data, threads, one
 process.
 
-``python benchmarks/throughput.py`` prints both and their ratio. Stock and site take turns, so that a busy machine
-slows both.
+``python benchmarks/throughput.py`` prints both and their ratio, and what distillation adds to a step. All take turns,
+so that a busy machine slows all.
 """
 
 import argparse
@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from fedcmt.algorithms.base import Algorithm
 from fedcmt.algorithms.fedavg import FedAvg
+from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import OptimizerConfig, SiteConfig
 from fedcmt.data.phantoms import make_cohort
 from fedcmt.messages import Message, Task
@@ -33,6 +35,11 @@ from fedcmt.workspace import THREADS_VARIABLE
 
 DATASET = {"Dataset901_Bench": {"kind": "brain_mr", "style": "site_a", "num_train": 8, "num_test": 1, "seed": 1}}
 PLANNING = {"mode": "architecture", "base_features": 16, "max_stages": 4, "batch_size": 2}
+ALGORITHMS: dict[str, Algorithm] = {
+    "FedAvg": FedAvg(),
+    "FedCMT, not distilling": FedCMT(distillation={"maximum": 0}),
+    "FedCMT": FedCMT(),
+}
 SGD = OptimizerConfig("SGD", lr=1e-2, weight_decay=3e-5, momentum=0.99, schedule="poly")
 
 
@@ -55,35 +62,38 @@ def main() -> None:
 
 def _compare(root: Path, options: argparse.Namespace) -> None:
     turns = options.turns + 1
-    site, plans, payload = _site(root, options.steps, turns)
+    sites = {name: _site(root, name, algorithm, options.steps, turns + 1) for name, algorithm in ALGORITHMS.items()}
+    plans = _read(next((root / "preprocessed" / "Dataset901_Bench").glob("nnUNetPlans_bench_*.json")))
     stock = _stock(plans, root)
-    ratios, ours, theirs = [], [], []
+    rates: dict[str, list[float]] = {"stock nnUNetTrainer": [], **{name: [] for name in sites}}
     for turn in range(turns):
-        theirs.append(_time_stock(stock, options.steps))
-        answer = site.handle(Task.TRAIN, Message({"round": turn}, payload))
-        ours.append(options.steps / answer.meta["train_seconds"])
-        ratios.append(ours[-1] / theirs[-1])
-    print(
-        f"patch {plans['configurations']['3d_fullres']['patch_size']}, {options.threads} threads, {options.turns} turns"
-    )
-    print(f"stock nnUNetTrainer   {statistics.median(theirs[1:]):.3f} steps/s")
-    print(f"site in a federation  {statistics.median(ours[1:]):.3f} steps/s")
-    spread = f"{min(ratios[1:]):.3f}-{max(ratios[1:]):.3f}"
-    print(f"ratio                 {statistics.median(ratios[1:]):.3f} (median of turns, {spread})")
+        rates["stock nnUNetTrainer"].append(_time_stock(stock, options.steps))
+        for name, (site, payload) in sites.items():
+            answer = site.handle(Task.TRAIN, Message({"round": turn + 1, "frozen": []}, payload))  # 0 never distils
+            rates[name].append(options.steps / answer.meta["train_seconds"])
+    patch = plans["configurations"]["3d_fullres"]["patch_size"]
+    print(f"patch {patch}, {options.threads} threads, median of {options.turns} turns of {options.steps} steps")
+    for name, values in rates.items():
+        print(f"{name:<28} {statistics.median(values[1:]):.3f} steps/s")
+    _print_ratio("FedAvg / stock", rates["FedAvg"], rates["stock nnUNetTrainer"])
+    _print_ratio("a step with distillation costs", rates["FedCMT, not distilling"], rates["FedCMT"])
 
 
-def _site(root: Path, steps: int, rounds: int) -> tuple[Site, dict, dict[str, torch.Tensor]]:
+def _print_ratio(title: str, above: list[float], below: list[float]) -> None:
+    ratios = [one / other for one, other in zip(above[1:], below[1:], strict=True)]
+    print(f"{title}: {statistics.median(ratios):.3f} (turns {min(ratios):.3f}-{max(ratios):.3f})")
+
+
+def _site(root: Path, name: str, algorithm: Algorithm, steps: int, rounds: int) -> tuple[Site, dict[str, torch.Tensor]]:
     config = SiteConfig(901, "MR", local_steps=steps, optimizer=SGD, grad_clip=12.0, val_batches=1, val_every=10**6)
-    algorithm = FedAvg()
-    site = Site("bench", config, algorithm, root / "site")
+    site = Site("bench", config, algorithm, root / "sites" / name)
     planner = FederatedPlanner(PLANNING, seed=0)
     introduction = Message({"job": "bench", "seed": 0, "planning": PLANNING})
     answer = site.handle(Task.FINGERPRINT, introduction)
     fingerprints, modalities = {"bench": answer.meta["fingerprint"]}, {"bench": answer.meta["modality"]}
     plans = planner.plan(fingerprints, {})
     site.handle(Task.PREPARE, Message({"plans": plans["bench"], "num_rounds": rounds, "resume": False}))
-    own = next((root / "preprocessed" / "Dataset901_Bench").glob("nnUNetPlans_bench_*.json"))
-    return site, _read(own), planner.initial(plans, fingerprints, modalities, algorithm.scopes)
+    return site, planner.initial(plans, fingerprints, modalities, algorithm.scopes)
 
 
 def _stock(plans: dict, root: Path) -> nnUNetTrainer:

@@ -24,7 +24,7 @@ from fedcmt.uploads import SpooledUpdates
 logger = logging.getLogger(__name__)
 
 _LARGEST_CHANGE = 1e6
-"""Of one weight in one round. Weights of a network are of the order of 1; squares of what is larger overflow float32."""
+"""Of one weight in one round; weights are of the order of 1, and squares of much larger numbers overflow float32."""
 
 
 class FederationError(RuntimeError):
