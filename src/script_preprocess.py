@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fedcmt.data.checks import DatasetError, check_dataset, find_dataset
 from fedcmt.nnunet.fingerprint import bin_policy
-from fedcmt.nnunet.plans import CONFIGURATIONS, PLANNERS, PlanningOptions, plan_federation
+from fedcmt.nnunet.planning_options import CONFIGURATIONS, PLANNERS, PlanningOptions
+from fedcmt.nnunet.plans import plan_federation
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.progress import Progress
 from fedcmt.workspace import nnunet_folder

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from fedcmt.config import SERVER_CONFIG, JobConfig, build_algorithm, component
+from fedcmt.config import SERVER_CONFIG, JobConfig, SiteConfig, build_algorithm, component
 from fedcmt.data.split import dataset_names
 from fedcmt.job_folder import apply_overrides, cohort_of, demo_profile, find_job, stage
 from fedcmt.json_file import read_json
-from fedcmt.nnunet.plans import PlanningOptions
+from fedcmt.nnunet.planning_options import PlanningOptions
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 EVERY_JOB = pytest.mark.parametrize("job", sorted(JOBS.glob("*/")), ids=lambda path: path.name)
@@ -111,10 +111,19 @@ def test_the_demo_gives_a_valid_job_on_its_own_cohort(job: Path, tmp_path: Path)
     apply_overrides(tmp_path / "job", demo["set"].items())
     config = JobConfig.from_folder(tmp_path / "job")
     PlanningOptions.from_dict(config.server.planning)
-    generated = sorted(int(name[len("Dataset") :][:3]) for name in demo["cohort"])
-    assert generated == (sorted(site.dataset_id for site in config.sites.values()) if generated else [])
+    generated = {int(name[len("Dataset") :][:3]) for name in demo["cohort"]}
+    newcomers = {read_json(file)["dataset_id"] for file in JOBS.glob("*/newcomer.json")}
+    assert generated - newcomers == ({site.dataset_id for site in config.sites.values()} if generated else set())
     for key, value in demo["set"].items():
         assert config_value(config, key) == value
+
+
+@pytest.mark.parametrize("file", sorted(JOBS.glob("*/newcomer.json")), ids=lambda path: path.parent.name)
+def test_a_newcomer_s_data_set_comes_with_the_demo(file: Path) -> None:
+    demo = demo_profile(file.parent)
+    assert demo is not None
+    site = SiteConfig.from_file(file)
+    assert any(name.startswith(f"Dataset{site.dataset_id}_") for name in demo["cohort"])
 
 
 def config_value(config: JobConfig, key: str) -> object:

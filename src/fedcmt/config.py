@@ -176,7 +176,7 @@ class ServerConfig:
     num_rounds: int
     """Rounds to run."""
     planning: dict = field(default_factory=dict)
-    """Keys of `fedcmt.nnunet.plans.PlanningOptions`."""
+    """Keys of `fedcmt.nnunet.planning_options.PlanningOptions`."""
     min_sites: int | None = None
     """Fewer updates than this in a round end the job; null asks for every site."""
     seed: int = 0

@@ -225,7 +225,9 @@ def _adopt(staged: Path, folder: Path) -> JobConfig:
 
 def _check_before_anything_runs(job: JobConfig) -> None:
     """Build the algorithm and read the planning options once, so that a typo shows before data are made."""
-    from fedcmt.nnunet.plans import PlanningOptions  # imports nnU-Net, which takes seconds: only once all else is well
+    from fedcmt.nnunet.planning_options import (
+        PlanningOptions,  # imports nnU-Net, which takes seconds: only once all else is well
+    )
 
     build_algorithm(job.algorithm)
     PlanningOptions.from_dict(job.server.planning)

@@ -19,7 +19,7 @@ from fedcmt.data.classes import read_classes
 from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Message, Task
 from fedcmt.nnunet.fingerprint import Fingerprint, bin_policy
-from fedcmt.nnunet.plans import PlanningOptions
+from fedcmt.nnunet.planning_options import PlanningOptions
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.params import serialized_size
 from fedcmt.privacy.egress import EgressLedger

@@ -14,7 +14,8 @@ from fedcmt.json_file import read_json
 from fedcmt.nnunet.classifier import ClassifierTrainer, classifier_of, known_cross_entropy
 from fedcmt.nnunet.fingerprint import bin_policy
 from fedcmt.nnunet.paths import nnunet_paths
-from fedcmt.nnunet.plans import PlanningOptions, plan_federation
+from fedcmt.nnunet.planning_options import PlanningOptions
+from fedcmt.nnunet.plans import plan_federation
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, build_trainer

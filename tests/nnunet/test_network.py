@@ -6,7 +6,8 @@ import torch
 from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER, ALL_SHARED
 from fedcmt.nnunet.fingerprint import Fingerprint, extract_fingerprint
 from fedcmt.nnunet.network import build_network, initial_parameters, input_parameters
-from fedcmt.nnunet.plans import PlanningOptions, plan_federation
+from fedcmt.nnunet.planning_options import PlanningOptions
+from fedcmt.nnunet.plans import plan_federation
 from fedcmt.params import Params, named_tensors
 from tests.nnunet.tiny_data import geometries, write_dataset
 

@@ -20,15 +20,8 @@ from tiny_data import Geometry, geometries, pool, write_dataset
 from fedcmt.nnunet.fingerprint import Fingerprint, bin_policy, extract_fingerprint, to_nnunet
 from fedcmt.nnunet.network import build_network, input_parameters
 from fedcmt.nnunet.paths import nnunet_paths
-from fedcmt.nnunet.plans import (
-    PLANNERS,
-    PlanningOptions,
-    _divisible,
-    _fits,
-    check_architectures_agree,
-    localise_plans,
-    plan_federation,
-)
+from fedcmt.nnunet.planning_options import PLANNERS, PlanningOptions
+from fedcmt.nnunet.plans import _divisible, _fits, check_architectures_agree, localise_plans, plan_federation
 
 SAMPLES = 10_000
 FIRST = "encoder.stages.0.0.convs.0.conv.weight"

@@ -20,7 +20,8 @@ from tiny_data import geometries, write_dataset
 from fedcmt.data.checks import DatasetError
 from fedcmt.nnunet.fingerprint import extract_fingerprint, to_nnunet
 from fedcmt.nnunet.paths import nnunet_paths
-from fedcmt.nnunet.plans import PlanningOptions, localise_plans, plan_federation
+from fedcmt.nnunet.planning_options import PlanningOptions
+from fedcmt.nnunet.plans import localise_plans, plan_federation
 from fedcmt.nnunet.preprocess import install_plans, preprocess_dataset
 
 CONFIGURATION = "3d_fullres"

@@ -13,7 +13,8 @@ from fedcmt.data.phantoms import make_brain_mr
 from fedcmt.json_file import read_json
 from fedcmt.nnunet.fingerprint import bin_policy
 from fedcmt.nnunet.paths import nnunet_paths
-from fedcmt.nnunet.plans import PlanningOptions, plan_federation
+from fedcmt.nnunet.planning_options import PlanningOptions
+from fedcmt.nnunet.plans import plan_federation
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, SiteTrainer, build_trainer

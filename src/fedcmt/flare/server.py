@@ -34,7 +34,7 @@ class FederatedRounds(Controller):
 
     Args:
       num_rounds: Rounds to run.
-      planning: Keys of `fedcmt.nnunet.plans.PlanningOptions`.
+      planning: Keys of `fedcmt.nnunet.planning_options.PlanningOptions`.
       min_sites: Fewer updates than this in a round end the job; null asks for every site.
       seed: Makes a CPU run repeatable.
       round_timeout: Seconds a site may take for its part of a round.

@@ -8,7 +8,8 @@ from typing import Any
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.nnunet.fingerprint import Fingerprint
 from fedcmt.nnunet.network import initial_parameters
-from fedcmt.nnunet.plans import PlanningOptions, check_architectures_agree, plan_federation
+from fedcmt.nnunet.planning_options import PlanningOptions
+from fedcmt.nnunet.plans import check_architectures_agree, plan_federation
 from fedcmt.params import Params
 from fedcmt.randomness import derive_seed
 

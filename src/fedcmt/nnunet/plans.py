@@ -13,7 +13,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +21,6 @@ import numpy as np
 import torch
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
-    nnUNetPlannerResEncL,
-    nnUNetPlannerResEncM,
-    nnUNetPlannerResEncXL,
-)
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -36,134 +30,17 @@ from fedcmt.json_file import write_json
 from fedcmt.models.adapters import LinearAdapterUNet
 from fedcmt.nnunet.fingerprint import Fingerprint, FingerprintMismatchError, bin_policy, merge, to_nnunet
 from fedcmt.nnunet.paths import nnunet_paths
+from fedcmt.nnunet.planning_options import PLANNERS, PlanningOptions
 
 logger = logging.getLogger(__name__)
 
 Plans = dict[str, Any]
-
-PLANNERS: dict[str, type[ExperimentPlanner]] = {
-    "ExperimentPlanner": ExperimentPlanner,
-    "nnUNetPlannerResEncM": nnUNetPlannerResEncM,
-    "nnUNetPlannerResEncL": nnUNetPlannerResEncL,
-    "nnUNetPlannerResEncXL": nnUNetPlannerResEncXL,
-}
-"""nnU-Net's planners by the name jobs use."""
-
-CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
-ADAPTERS = ("conv", "linear")
 
 _MIN_EDGE = 4  # nnU-Net's UNet_featuremap_min_edge_length
 _DATASET = "Dataset001_Federation"
 _WITHOUT_INTENSITIES = frozenset(
     ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
 )
-
-
-@dataclass(frozen=True)
-class PlanningOptions:
-    """What a job may say about planning; the defaults are nnU-Net's.
-
-    Attributes:
-      mode: "consensus" (one data set split over sites) or "architecture" (different data, one topology).
-      planner: A name in `PLANNERS`.
-      configuration: The configuration that is trained, one of `CONFIGURATIONS`.
-      base_features: Features of the first stage; they double per stage.
-      max_features: Most features of a 3D stage (2D configurations keep nnU-Net's 512).
-      gpu_memory_gb: GPU memory to plan for in GB; None for the planner's own.
-      max_patch_size: Largest patch of the trained configuration in voxels, never exceeded, in array axis order (z, y, x
-        as nnU-Net reads images); None for the planner's.
-      batch_size: Patches per step; None for the planner's.
-      max_stages: Most resolution stages of the trained configuration; None for the planner's.
-      extra_stem_convolution: One more convolution in PlainConvUNet's first stage, so that its first block can be a
-        site's modality adapter and the shared encoder starts behind it.
-      adapter: First block of the trained configuration: "conv", the planned network's own, or "linear", a 1x1x1
-        convolution as in FedCMT's published code (see `LinearAdapterUNet`; it cannot learn from one input channel).
-        "linear" needs the ExperimentPlanner, a 3D configuration and ``extra_stem_convolution``.
-      samples_per_case: Foreground voxels a site draws per case for its fingerprint.
-      min_cases: Fewest training cases a site sends statistics of.
-    """
-
-    mode: str = "consensus"
-    planner: str = "ExperimentPlanner"
-    configuration: str = "3d_fullres"
-    base_features: int = 32
-    max_features: int = 320
-    gpu_memory_gb: float | None = None
-    max_patch_size: tuple[int, int, int] | None = None
-    batch_size: int | None = None
-    max_stages: int | None = None
-    extra_stem_convolution: bool = False
-    adapter: str = "conv"
-    samples_per_case: int = 10_000
-    min_cases: int = 5
-
-    def __post_init__(self) -> None:
-        bin_policy(self.mode)
-        _check_choice("planner", self.planner, tuple(PLANNERS))
-        _check_choice("configuration", self.configuration, CONFIGURATIONS)
-        _check_choice("adapter", self.adapter, ADAPTERS)
-        for name, least in _SMALLEST.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"planning.{name} is {value!r}, expected an integer of at least {least}")
-        if self.gpu_memory_gb is not None and not self.gpu_memory_gb > 0:
-            raise ValueError(f"planning.gpu_memory_gb is {self.gpu_memory_gb!r}, expected a positive number of GB")
-        if not isinstance(self.extra_stem_convolution, bool):
-            raise ValueError(
-                f"planning.extra_stem_convolution is {self.extra_stem_convolution!r}, expected true or false"
-            )
-        patch = self.max_patch_size
-        if patch is not None and (
-            len(patch) != 3 or any(isinstance(p, bool) or not isinstance(p, int) or p < 8 for p in patch)
-        ):
-            raise ValueError(
-                f"planning.max_patch_size is {patch!r}, expected three integers of at least 8 voxels (z, y, x)"
-            )
-        if self.extra_stem_convolution and self.planner != "ExperimentPlanner":
-            raise ValueError(
-                f"planning.extra_stem_convolution is for PlainConvUNet; {self.planner} plans a residual encoder, whose "
-                "stem is already separate. Leave it out."
-            )
-        if self.adapter == "linear":
-            self._check_linear_adapter()
-
-    def _check_linear_adapter(self) -> None:
-        where = "planning.adapter is 'linear', a first block for 3D PlainConvUNets"
-        if self.planner != "ExperimentPlanner":
-            raise ValueError(f"{where}, but {self.planner} plans a residual encoder. Use 'conv' or ExperimentPlanner.")
-        if self.configuration == "2d":
-            raise ValueError(f"{where}, but planning.configuration is '2d'. Use 'conv' or a 3D configuration.")
-        if not self.extra_stem_convolution:
-            raise ValueError(
-                f"{where} with the shared encoder behind it, but planning.extra_stem_convolution is false. Set it to "
-                "true."
-            )
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> "PlanningOptions":
-        """Options from a job's JSON.
-
-        Raises:
-          ValueError: If a key is unknown or a value is out of range.
-        """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(content) - set(known))
-        if unknown:
-            raise ValueError(f"planning: unknown options {unknown}; known ones are {known}")
-        values = dict(content)
-        if isinstance(values.get("max_patch_size"), list):
-            values["max_patch_size"] = tuple(values["max_patch_size"])
-        return cls(**values)
-
-
-_SMALLEST = {
-    "base_features": 1,
-    "max_features": 1,
-    "batch_size": 1,
-    "max_stages": 2,
-    "samples_per_case": 1,
-    "min_cases": 1,
-}
 
 
 def plan_federation(fingerprints: Mapping[str, Fingerprint], options: PlanningOptions) -> dict[str, Plans]:
@@ -478,8 +355,3 @@ def _data_identifier(plans: Plans, configuration: Mapping[str, Any], dataset_jso
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"fedcmt_{digest[:10]}"
-
-
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"planning.{name} is {value!r}, expected one of {list(known)}")

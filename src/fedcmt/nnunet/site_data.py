@@ -6,7 +6,8 @@ from typing import Any
 
 from fedcmt.data.checks import read_dataset_json
 from fedcmt.nnunet.fingerprint import Fingerprint, bin_policy, extract_fingerprint, to_nnunet
-from fedcmt.nnunet.plans import PlanningOptions, localise_plans
+from fedcmt.nnunet.planning_options import PlanningOptions
+from fedcmt.nnunet.plans import localise_plans
 from fedcmt.nnunet.preprocess import install_plans, preprocess_dataset
 
 
