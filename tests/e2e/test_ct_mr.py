@@ -119,6 +119,18 @@ def test_a_wrong_change_of_sites_leaves_the_run_as_it_is(mixed: Finished, option
     assert personal_files(mixed.workspace) == before
 
 
+def test_a_site_that_cannot_join_is_not_part_of_the_run(mixed: Finished, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(json.dumps(json.loads(NEWCOMER.read_text()) | {"channels": ["T2", "FLAIR"]}))
+    before = personal_files(mixed.workspace)
+    run = launch(mixed.workspace, "ct_mr_fedcmt", "--engine", "inprocess", "--resume", "--add-site", f"mr_c={wrong}")
+    assert run.code == 1
+    assert "T2" in run.output
+    assert personal_files(mixed.workspace) == before
+    deploy_map = json.loads((mixed.workspace / "job" / "meta.json").read_text())["deploy_map"]
+    assert set(deploy_map) == {"server", *FOUNDERS}
+
+
 def test_sites_change_only_on_resume(tmp_path: Path) -> None:
     run = launch(tmp_path / "w", "ct_mr_fedcmt", "--add-site", f"mr_c={NEWCOMER}")
     assert run.code == 1
