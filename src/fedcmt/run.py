@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcmt.evaluation.tables import results_table
+from fedcmt.evaluation.tables import learning_line, results_table
 from fedcmt.federation import FederationError
 from fedcmt.flare.simulator import SimulatorError, check_folder
 from fedcmt.job_folder import Override, demo_profile, find_job, parse_override
@@ -159,6 +159,8 @@ def _show(run: Run, results: dict[str, Any]) -> None:
     rows += [("Next", f"{_python()} {inference}")]
     print()
     print(results_table(results))
+    if line := learning_line(results):
+        print(f"Validation patches, untrained -> trained: {line}\n")
     for title, text in rows:
         print(f"{title:<12} {text}")
 

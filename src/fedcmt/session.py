@@ -102,6 +102,7 @@ class Session:
         )
         self._teacher: Teacher | None = None
         self._best_score = -1.0
+        self._scores: dict[str, float] = {}
         if (folder / _LAST).exists():
             self._restore()
             logger.info("%s: continuing from %s", name, folder)
@@ -180,6 +181,7 @@ class Session:
             "dataset": self._dataset.name,
             "model_folder": str(folder.relative_to(results)),
             "steps": self.trainer.steps_done,
+            "validation_patches": {"score": self.trainer.score, **self._scores},
             "validation": validation,
             "test": test,
         }
@@ -232,6 +234,8 @@ class Session:
         if not last and round_idx % self._config.val_every:
             return {}
         score = self.trainer.validate(self._config.val_batches)
+        self._scores.setdefault("first", score)  # of a network that has not been trained here yet
+        self._scores["last"] = score
         if which == self._algorithm.product and score > self._best_score:
             self._best_score = score
             save_tensors(self._folder / _BEST, snapshot(self.trainer.module), {"round": round_idx, "val_score": score})
@@ -255,6 +259,7 @@ class Session:
         tensors |= {f"optimizer/{n}": t for n, t in optimizer.items()}
         tensors |= {f"random/{n}": t for n, t in random_tensors.items()}
         meta = {"optimizer": optimizer_plain, "random": random_plain, "best_score": self._best_score}
+        meta["scores"] = self._scores
         save_tensors(self._folder / _LAST, tensors, {"round": round_idx, **meta})
 
     def _restore(self) -> None:
@@ -269,3 +274,4 @@ class Session:
         self.trainer.load_state(parts["optimizer"], meta["optimizer"])
         self._random.load(parts["random"], meta["random"])
         self._best_score = meta["best_score"]
+        self._scores = dict(meta["scores"])

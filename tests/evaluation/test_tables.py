@@ -1,4 +1,4 @@
-from fedcmt.evaluation.tables import results_table
+from fedcmt.evaluation.tables import learning_line, results_table
 
 
 def segmentation(dice: dict[str, float], cases: int = 2, sent: int = 1_500_000, received: int = 2_000_000) -> dict:
@@ -89,3 +89,9 @@ def test_centralised_model_of_other_labels_has_its_own_table() -> None:
     assert results_table(results).split("\n\n")[1] == (
         "site         cases     all  mean Dice\ncentralised      4  0.5000     0.5000\n"
     )
+
+
+def test_the_line_of_learning_has_a_site_s_first_and_last_score() -> None:
+    patches = {"score": "dice", "first": 0.05, "last": 0.87654}
+    results = {"sites": {"a": {"validation_patches": patches}, "b": {}, "c": {"validation_patches": {"score": "dice"}}}}
+    assert learning_line(results) == "a dice 0.0500 -> 0.8765"

@@ -31,6 +31,20 @@ def results_table(results: Mapping) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def learning_line(results: Mapping) -> str:
+    """Each site's score on its validation patches before its first step and after its last, as one line of text.
+
+    Args:
+      results: As for `results_table`; read are the sites' ``validation_patches`` (``score``, ``first``, ``last``).
+    """
+    parts = []
+    for name, site in results["sites"].items():
+        patches = site.get("validation_patches", {})
+        if "first" in patches:
+            parts.append(f"{name} {patches['score']} {_number(patches['first'])} -> {_number(patches['last'])}")
+    return ", ".join(parts)
+
+
 def _headline(results: Mapping) -> str:
     parts = [f"{key} {results[key]}" for key in ("job", "engine", "seed", "rounds") if results.get(key) is not None]
     if results.get("seconds") is not None:
