@@ -24,7 +24,13 @@ from fedcmt.evaluation.classification import read_probabilities
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MEAN = ["algorithm.radius=0", "algorithm.agreement_exponent=0", "algorithm.distillation.maximum=0"]
+MEAN = [
+    "algorithm.radius=0",
+    "algorithm.agreement_exponent=0",
+    "algorithm.largest_share=1",
+    "algorithm.smallest_share=0",
+    "algorithm.distillation.maximum=0",
+]
 METHODS: dict[str, tuple[str, list[str]]] = {
     "standalone": ("ct_mr_standalone", []),
     "fedavg": ("ct_mr_fedcmt", [*MEAN, 'algorithm.optimizer={"name": "sgd", "lr": 1.0}']),

@@ -246,6 +246,11 @@ REFUSED = {
     "not finite": (with_tensor("w", torch.tensor([[0.0, math.nan, 0.0]])), r"not finite: \[w\]"),
     "infinite": (with_tensor("g@ct", torch.tensor([math.inf, 0.0])), r"not finite: \[g@ct\]"),
     "huge": (with_tensor("w", torch.tensor([[0.0, -1e30, 0.0]])), r"w changes by 1e\+30, at most 1e\+06"),
+    "double precision": (
+        lambda m: replace(m, tensors={n: t.double() for n, t in m.tensors.items()}),
+        r"torch\.float64 instead of torch\.float32",
+    ),
+    "half precision": (with_tensor("w", torch.ones(1, 3, dtype=torch.float16)), r"w torch\.float16 instead of"),
     "zero": (lambda m: replace(m, tensors={n: 0 * t for n, t in m.tensors.items()}), r"is zero everywhere"),
     "wrong shape": (with_tensor("w", torch.ones(3, 1)), r"w \(3, 1\) instead of \(1, 3\)"),
     "broadcastable shape": (with_tensor("w", torch.ones(1)), r"w \(1,\) instead of \(1, 3\)"),
@@ -258,14 +263,15 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("algorithm", [FedAvg, FedCMT])
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_bad_update_is_refused_by_site_and_the_round_goes_on_without_it(
-    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    case: str, algorithm: type[Algorithm], tmp_path: Path
 ) -> None:
     tamper, reason = REFUSED[case]
-    run(tmp_path / "bad", DirectChannel(three_sites(), {(Task.TRAIN, "c", 0): tamper}), min_sites=2)
+    run(tmp_path / "bad", DirectChannel(three_sites(), {(Task.TRAIN, "c", 0): tamper}), algorithm(), min_sites=2)
     without = {(Task.TRAIN, "c", 0): lambda m: Failure("left out")}
-    run(tmp_path / "without", DirectChannel(three_sites(), without), min_sites=2)
+    run(tmp_path / "without", DirectChannel(three_sites(), without), algorithm(), min_sites=2)
     bad, good = stored(tmp_path / "bad"), stored(tmp_path / "without")
     assert all(torch.equal(bad[name], good[name]) for name in good)
     with pytest.raises(FederationError, match=rf"Site 'c': update of site 'c': .*{reason}"):
@@ -278,6 +284,13 @@ def test_a_site_that_cannot_be_prepared_ends_the_job(task: Task, tmp_path: Path)
     with pytest.raises(FederationError, match=rf"task '{task.value}' failed\. Site 'b': no such data set"):
         run(tmp_path, channel, min_sites=1)
     assert not channel.of(Task.TRAIN, "a")
+
+
+@pytest.mark.parametrize("meta", [{"num_cases": 0}, {"num_cases": "7"}, {"num_cases": True}, {"channels": None}])
+def test_a_site_that_says_what_cannot_be_ends_the_job_by_name(meta: dict[str, Any], tmp_path: Path) -> None:
+    tampers = {(Task.PREPARE, "b", None): lambda m: replace(m, meta={**m.meta, **meta})}
+    with pytest.raises(FederationError, match=r"site 'b': num_cases"):
+        run(tmp_path, DirectChannel(three_sites(), tampers))
 
 
 def test_a_site_of_another_architecture_is_refused_before_training(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors
+from fedcmt.settings import is_int
 from fedcmt.uploads import SpooledUpdates
 
 logger = logging.getLogger(__name__)
 
+_MOST_CASES = 10**7
 _LARGEST_CHANGE = 1e6
 """Of one weight in one round; weights are of the order of 1, and squares of much larger numbers overflow float32."""
 
@@ -131,16 +133,7 @@ class Federation:
             for site, plan in plans.items()
         }
         answers = self._ask_all(channel, Task.PREPARE, requests)
-        participants = [
-            Participant(
-                name=site,
-                modality=modalities[site],
-                channels=tuple(answer.meta["channels"]),
-                num_cases=answer.meta["num_cases"],
-                wire_shapes={name: tuple(shape) for name, shape in answer.meta["wire_shapes"].items()},
-            )
-            for site, answer in sorted(answers.items())
-        ]
+        participants = [_read_participant(site, modalities[site], a) for site, a in sorted(answers.items())]
         _warn_of_lonely_channels(participants)
         return participants
 
@@ -323,6 +316,21 @@ class Federation:
         )
 
 
+def _read_participant(site: str, modality: str, answer: Message) -> Participant:
+    """What a prepared site says of itself.
+
+    Raises:
+      FederationError: If a value is missing or cannot be.
+    """
+    cases, channels, wire = (answer.meta.get(key) for key in ("num_cases", "channels", "wire_shapes"))
+    if not (is_int(cases) and 1 <= cases < _MOST_CASES and isinstance(channels, list) and isinstance(wire, dict)):
+        raise FederationError(
+            f"site {site!r}: num_cases {cases!r}, channels {channels!r}, wire_shapes of type {type(wire).__name__}; "
+            "expected a whole number from 1, a list and an object"
+        )
+    return Participant(site, modality, tuple(channels), cases, {name: tuple(shape) for name, shape in wire.items()})
+
+
 def _read_update(answer: Message, site: Participant, request: Message) -> Update:
     """The update in a site's answer to a request.
 
@@ -340,6 +348,7 @@ def _read_update(answer: Message, site: Participant, request: Message) -> Update
         raise ParameterError(f"{where}: metrics are {metrics!r}, expected finite numbers by name")
     expected = {name: shape for name, shape in site.wire_shapes.items() if name not in request.meta["frozen"]}
     check_shapes(answer.tensors, expected, where=where)
+    _check_types(answer.tensors, request.tensors, where)
     check_finite(answer.tensors, where=where)
     _check_size(answer.tensors, where)
     check_finite(answer.extras, where=where)
@@ -350,6 +359,13 @@ def _read_update(answer: Message, site: Participant, request: Message) -> Update
         metrics=metrics,
         extras=answer.extras,
     )
+
+
+def _check_types(delta: Params, received: Params, where: str) -> None:
+    """Raise `ParameterError` if an update has other types than what it is an update of."""
+    wrong = [f"{n} {t.dtype} instead of {received[n].dtype}" for n, t in delta.items() if t.dtype != received[n].dtype]
+    if wrong:
+        raise ParameterError(f"{where}: {len(wrong)} tensors have another type: {wrong[:4]}")
 
 
 def _check_size(delta: Params, where: str) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 T = TypeVar("T")
 
@@ -14,7 +14,7 @@ def require(ok: bool, where: str, key: str, value: object, expected: str, error:
         raise error(f"{where}: {key} is {value!r}, expected {expected}")
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """A whole number; JSON's true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -122,6 +122,8 @@ class Site:
             seed=joined["seed"],
             num_rounds=message.meta["num_rounds"],
         )
+        if message.meta["resume"]:
+            self._check_same_data(prepared)
         write_json(self._folder / "prepared.json", asdict(prepared))
         self.close()
         if not message.meta["resume"]:
@@ -135,6 +137,20 @@ class Site:
                 "wire_shapes": {name: list(shape) for name, shape in self._session.partition.wire_shapes.items()},
             }
         )
+
+    def _check_same_data(self, prepared: Prepared) -> None:
+        """Raise ValueError if the state on disk is of other data: its decoder would not mean the same labels."""
+        path = self._folder / "prepared.json"
+        if not path.exists():
+            return
+        before = Prepared(**read_json(path))
+        known = (before.plans["dataset_name"], before.dataset_json["labels"], before.dataset_json["channel_names"])
+        now = (prepared.plans["dataset_name"], prepared.dataset_json["labels"], prepared.dataset_json["channel_names"])
+        if known != now:
+            raise ValueError(
+                f"site {self.name!r} has state of {known[0]} in {self._folder}, now it is to use {now[0]} (or other "
+                "labels or channels). Use the same data, or join under another name."
+            )
 
     def _train(self, message: Message) -> Message:
         return self._ready().train_round(message, self._report, self._stop)

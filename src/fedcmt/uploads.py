@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from fedcmt.params import ParameterError, Params, load_tensors, save_tensors
@@ -51,12 +52,12 @@ class SpooledUpdates:
           to; writing to one changes neither the file nor what a later `add` returns.
 
         Raises:
-          ParameterError: If the site is already in, or a value is not a torch tensor.
+          ParameterError: If the site is already in, or a value is not a dense torch tensor.
           OSError: If the file cannot be written.
         """
-        foreign = sorted(name for name, tensor in tensors.items() if not isinstance(tensor, Tensor))
+        foreign = [n for n, t in tensors.items() if not isinstance(t, Tensor) or t.layout != torch.strided]
         if foreign:
-            raise ParameterError(f"upload of {site!r}: {foreign[:4]} are not torch tensors")
+            raise ParameterError(f"upload of {site!r}: {sorted(foreign)[:4]} are not dense torch tensors")
         with self._lock:
             if site in self._sites:
                 raise ParameterError(f"upload of {site!r}: is already in {self._folder}; one upload a site and round")

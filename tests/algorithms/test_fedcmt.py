@@ -295,3 +295,58 @@ def test_the_gate_trusts_the_teacher_where_it_is_right() -> None:
     wrong = algorithm.local_loss(task, local_step(11, [], target=torch.tensor([1])))
     assert right.item() == pytest.approx(2.3797382535, abs=1e-6)
     assert wrong.item() == 2.0
+
+
+def test_without_cap_and_floor_weights_are_those_of_fedavg() -> None:
+    algorithm = FedCMT(radius=0, agreement_exponent=0, largest_share=1, smallest_share=0, optimizer=PLAIN)
+    cases = {"a": 22, "b": 22, "c": 130, "d": 2}
+    state = moved(algorithm, {site: one((1.0, 0.0), n) for site, n in cases.items()})
+    weights = [state.record["curves"][f"weight/{site}"] for site in cases]
+    assert weights == pytest.approx([n / 176 for n in cases.values()])
+
+
+def test_a_site_that_left_in_its_warm_start_warms_up_again() -> None:
+    newcomer = participant("c", "CT", W, f"{SLOTS}@ct.hu")
+    initial = {name: torch.zeros(1) for name in newcomer.wire_shapes}
+    state = FedCMT().register(founded(), newcomer, initial)
+    state = FedCMT().aggregate(state, {"c": update_of(newcomer, W)})
+    state = FedCMT().register(state, newcomer, initial)
+    assert FedCMT().payload(state, newcomer).frozen == {W}  # its own adapter trains on
+    assert state.record["joined"]["c"]["first_round"] == state.record["round"] + 2
+
+
+def test_identical_updates_take_the_federation_where_one_site_alone_would_go() -> None:
+    # N identical sites, any c, rescale 2, no momentum, rate 1: theta + delta, whatever N.
+    for count in (1, 2, 5):
+        updates = {f"s{i}": one((0.3, -0.7)) for i in range(count)}
+        state = moved(FedCMT(radius=0.6, optimizer=PLAIN), updates, rounds=3)
+        assert encoder(state) == pytest.approx([0.9, -2.1])
+
+
+def test_on_a_quadratic_toy_the_smallest_decrease_is_at_least_fedavg_s() -> None:
+    # f_i = 1/2 |theta - a_i|^2, delta_i = eta (a_i - theta): first-order decreases <delta_i, d>.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        deltas = [0.1 * torch.randn(2, generator=generator) for _ in range(3)]
+        updates = {f"s{i}": one(tuple(delta.tolist())) for i, delta in enumerate(deltas)}
+        mean = torch.stack(deltas).mean(0)
+        for rescale in (0, 2):
+            algorithm = FedCMT(rescale=rescale, agreement_exponent=0, optimizer=PLAIN)
+            step = torch.tensor(encoder(moved(algorithm, updates)))
+            worst, fedavg = (min(float(delta @ d) for delta in deltas) for d in (step, mean))
+            assert worst >= fedavg - 1e-7
+
+
+def test_the_published_radius_is_the_default() -> None:
+    assert FedCMT().radius == 0.4
+
+
+def test_granularity_weighs_each_block_apart_and_leaves_out_its_zero_updates() -> None:
+    # Oracle O4 in one tensor; in the other, site b has not moved, and its 0 must not own the worst case.
+    updates = {
+        "a": Update({W: torch.tensor([2.0, 0.0]), V: torch.tensor([4.0])}, 1, 1),
+        "b": Update({W: torch.tensor([0.0, 1.0]), V: torch.tensor([0.0])}, 1, 1),
+    }
+    state = moved(FedCMT(radius=0.5, granularity="tensor", optimizer=PLAIN), updates)
+    assert encoder(state) == pytest.approx([1 / 1.5, 1.0590169944 / 1.5], abs=1e-6)
+    assert state.params[V].item() == pytest.approx(2.0, abs=1e-5)

@@ -37,7 +37,7 @@ from fedcmt.algorithms.fedavg import weighted_mean
 from fedcmt.algorithms.fedopt import FEDCMT_SERVER, read_optimizer
 from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER, PERSONAL_ADAPTER
 from fedcmt.params import ParameterError, Params, norm
-from fedcmt.settings import is_number, require
+from fedcmt.settings import is_int, is_number, require
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,6 @@ Granularity = Literal["whole", "stage", "tensor"]
 _STAGE = re.compile(r"encoder\.(?:stem|stages\.\d+)")
 _EMA = 0.9
 _FIRST_AGREEMENT = 0.5
-_FLOOR = 0.2
-_CAP = 0.5
 _WARM_START = 2
 """Rounds in which a site that joined trains its own part behind the frozen encoder."""
 _RAMP = 5
@@ -66,6 +64,8 @@ class FedCMT(Algorithm):
       normalisation: ``none``, ``unit`` or ``equalise``; see `solve`.
       case_exponent: q ≥ 0 in p_i ∝ |D_i|^q s_i^β; 0 gives sites equal weight.
       agreement_exponent: β ≥ 0; 0 switches the adaptive weights off.
+      largest_share: Most of the weight that one of three or more sites may have; 1 is no cap.
+      smallest_share: Least weight of a site, as a fraction of an equal share, in [0, 1]; 0 is no floor.
       adapters: ``group`` shares them within a modality, ``personal`` leaves them at their sites (ablation).
       optimizer: Fields of `fedcmt.algorithms.fedopt.ServerOptimizer`; the published SGD 1.0, momentum 0.6, cosine to
         0.9 if not given.
@@ -87,6 +87,8 @@ class FedCMT(Algorithm):
         normalisation: Normalisation = "none",
         case_exponent: float = 1.0,
         agreement_exponent: float = 1.0,
+        largest_share: float = 0.5,
+        smallest_share: float = 0.2,
         adapters: Literal["group", "personal"] = "group",
         optimizer: Mapping[str, Any] | None = None,
         distillation: Mapping[str, Any] | None = None,
@@ -94,16 +96,18 @@ class FedCMT(Algorithm):
         for key, value, ok, expected in (
             ("radius", radius, is_number(radius) and 0 <= radius < 1, "in [0, 1)"),
             ("adaptive_radius", adaptive_radius, _is_radius_or_none(adaptive_radius), "null or in [0, 1)"),
-            ("rescale", rescale, rescale in (0, 1, 2), "0, 1 or 2"),
+            ("rescale", rescale, is_int(rescale) and rescale in (0, 1, 2), "0, 1 or 2"),
             ("granularity", granularity, granularity in get_args(Granularity), "whole, stage or tensor"),
             ("normalisation", normalisation, normalisation in get_args(Normalisation), "none, unit or equalise"),
-            ("case_exponent", case_exponent, is_number(case_exponent) and case_exponent >= 0, "at least 0"),
+            ("case_exponent", case_exponent, is_number(case_exponent) and 0 <= case_exponent <= 10, "in [0, 10]"),
             (
                 "agreement_exponent",
                 agreement_exponent,
-                is_number(agreement_exponent) and agreement_exponent >= 0,
-                "at least 0",
+                is_number(agreement_exponent) and 0 <= agreement_exponent <= 10,
+                "in [0, 10]",
             ),
+            ("largest_share", largest_share, is_number(largest_share) and 0.5 <= largest_share <= 1, "in [0.5, 1]"),
+            ("smallest_share", smallest_share, is_number(smallest_share) and 0 <= smallest_share <= 1, "in [0, 1]"),
             ("adapters", adapters, adapters in ("group", "personal"), "group or personal"),
         ):
             require(ok, "FedCMT", key, value, expected)
@@ -114,6 +118,8 @@ class FedCMT(Algorithm):
         self.normalisation = normalisation
         self.case_exponent = case_exponent
         self.agreement_exponent = agreement_exponent
+        self.largest_share = largest_share
+        self.smallest_share = smallest_share
         self.scopes = ADAPTER_ENCODER_DECODER if adapters == "group" else PERSONAL_ADAPTER
         self.optimizer = FEDCMT_SERVER if optimizer is None else read_optimizer(optimizer)
         self.distillation = Distillation() if distillation is None else read_distillation(distillation)
@@ -130,14 +136,15 @@ class FedCMT(Algorithm):
     def register(self, state: State, site: Participant, initial: Params) -> State:
         """The state once a site has joined: its new adapters are there, and nothing else has changed.
 
-        A new slot of a known modality starts as the mean of that modality's slots. A site that comes back brings its
-        own part along, so it needs no warm start; its encoder update is ramped in again.
+        A new slot of a known modality starts as the mean of that modality's slots. A site that comes back after it has
+        trained the encoder brings its own part along, so it needs no warm start; its update is ramped in again.
         """
-        returns = site.name in state.record["sites"]
+        returns = site.name in state.record["agreement"]
+        before = state.record["joined"].get(site.name, {"own": []})
         new = {name: initial[name] for name in site.wire_shapes if name not in state.params}
         params = {**state.params, **{name: _slot_mean(name, state.params, tensor) for name, tensor in new.items()}}
         first = state.record["round"] + (0 if returns else _WARM_START)
-        joined = {**state.record["joined"], site.name: {"first_round": first, "own": sorted(new)}}
+        joined = {**state.record["joined"], site.name: {"first_round": first, "own": sorted({*new, *before["own"]})}}
         sites = sorted({*state.record["sites"], site.name})
         return replace(state, params=params, record={**state.record, "sites": sites, "joined": joined})
 
@@ -217,7 +224,7 @@ class FedCMT(Algorithm):
         return weighted_mean(groups, dict(zip(sorted(updates), preference.tolist(), strict=True)))
 
     def _preference(self, state: State, updates: Mapping[str, Update]) -> np.ndarray:
-        """p_i ∝ |D_i|^q s_i^β ρ_i, at most a half from three sites on, at least a fifth of an equal share; sums to 1.
+        """p_i ∝ |D_i|^q s_i^β ρ_i between the smallest and, from three sites on, the largest share; sums to 1.
 
         In the order of site names; ρ ramps in sites that have joined.
         """
@@ -228,10 +235,10 @@ class FedCMT(Algorithm):
         share = cases**self.case_exponent * agreement**self.agreement_exponent * ramp
         share /= share.sum()
         largest = int(share.argmax())
-        if len(sites) >= 3 and share[largest] > _CAP:
-            share *= (1 - _CAP) / (1 - share[largest])
-            share[largest] = _CAP
-        share = np.maximum(share, _FLOOR / len(sites))
+        if len(sites) >= 3 and share[largest] > self.largest_share:
+            share *= (1 - self.largest_share) / (1 - share[largest])
+            share[largest] = self.largest_share
+        share = np.maximum(share, self.smallest_share / len(sites))
         return share / share.sum()
 
     def _direction(
