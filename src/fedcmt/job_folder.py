@@ -135,7 +135,7 @@ def apply_overrides(target: Path, overrides: Iterable[Override]) -> None:
 
 
 def demo_profile(job: Path) -> dict[str, Any] | None:
-    """The job's ``demo.json``: ``cohort`` (data sets to generate) and ``set`` (overrides); None if it has none."""
+    """The job's ``demo.json`` or None: ``cohort`` (data sets to generate), ``cuts`` of these, ``set`` (overrides)."""
     return _own_or_same_as(job, "demo.json")
 
 

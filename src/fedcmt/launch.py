@@ -253,6 +253,8 @@ def _see_to_data(run: Run, job: JobConfig, source_raw: Path | None) -> None:
     raw = Path(os.environ["nnUNet_raw"])
     if run.demo is not None:
         make_cohort(raw, run.demo["cohort"])
+        if cuts := run.demo.get("cuts"):
+            make_cuts(raw, raw, {"cuts": cuts})
     elif (cohort := cohort_of(run.job)) is not None and source_raw is not None:
         make_cuts(source_raw, raw, cohort)
     problems = []

@@ -79,8 +79,8 @@ def test_inference_writes_class_probabilities(mixed: Finished) -> None:
     with (predictions / "probabilities.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
-    assert list(rows[0]) == ["case", "predicted", "none", "cyst", "tumour"]
-    assert all(sum(float(row[name]) for name in ("none", "cyst", "tumour")) == pytest.approx(1) for row in rows)
+    assert list(rows[0]) == ["case", "predicted", "liver", "kidney", "spleen"]
+    assert all(sum(float(row[name]) for name in ("liver", "kidney", "spleen")) == pytest.approx(1) for row in rows)
     assert json.loads((predictions / "metrics.json").read_text())["accuracy"] == report["test"]["accuracy"]
 
 
