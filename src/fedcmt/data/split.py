@@ -227,7 +227,9 @@ def _provenance(source: Path, field: str) -> dict[str, object]:
 
 def _make(source: _Source, share: _Share, target: Path) -> Path:
     """Write a share's data set; one that is already there must be the same cut."""
-    spec: dict[str, Any] = {"source": str(source.folder), "train": share.train, "test": share.test}
+    # By name where it lies beside the cut, so that a workspace may move.
+    where = source.folder.name if source.folder.parent == target.parent else str(source.folder)
+    spec: dict[str, Any] = {"source": where, "train": share.train, "test": share.test}
     if share.box_mm is not None:
         spec["box_mm"] = list(share.box_mm)
     if target.exists():
