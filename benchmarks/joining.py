@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
+from ct_mr import SMALL
 
 from fedcmt.config import JobConfig
 from fedcmt.data.split import make_cuts
@@ -53,18 +54,7 @@ COHORT = {
 }
 FOUNDERS = {"uint8_b": 722, "float32_a": 723, "float32_b": 724}
 NEWCOMER = {"uint8_a": 721}
-SMALL = {
-    "server.planning.base_features": 8,
-    "server.planning.max_features": 128,
-    "server.planning.max_patch_size": [24, 40, 40],
-    "server.planning.max_stages": 4,
-    "server.planning.batch_size": 2,
-    "sites.fold": "all",
-    "sites.optimizer.lr": 0.003,
-    "sites.val_batches": 2,
-    "sites.val_every": 1000,
-    "sites.mirroring": False,
-}
+SETTINGS = {**SMALL, "sites.optimizer.schedule": "constant", "sites.val_batches": 2, "sites.val_every": 1000}
 
 
 def main() -> None:
@@ -90,7 +80,7 @@ def _compare(folder: Path, seed: int, args: argparse.Namespace) -> tuple[float, 
     """Test Dice of the newcomer, joined and alone."""
     founding, total = args.founding_rounds, args.founding_rounds + args.rounds
     federation = folder / "federation"
-    settings = {**SMALL, "sites.local_steps": args.local_steps, "server.seed": seed}
+    settings = {**SETTINGS, "sites.local_steps": args.local_steps, "server.seed": seed}
     job = _job("ct_mr_fedcmt", folder / "job", ["ct_a", "ct_b", "mr_a", "mr_b"], FOUNDERS)
     apply_overrides(job, {**settings, "ct_classes.dataset_id": 713, "server.num_rounds": founding}.items())
     _run(job, federation, resume=False)

@@ -169,7 +169,7 @@ class Session:
             checkpoints={"final": final, "best": best},
             classes=None if self._classes is None else self._classes.names,
         )
-        scored = WholeCases(self._name, self._config, folder, self._dataset, self._folder)
+        scored = WholeCases(self._name, self._config, self._classes, folder, self._dataset, self._folder)
         validation = None
         if self._config.fold != "all":
             validation = scored.scores("Tr", self.trainer.validation_cases()[1])

@@ -10,7 +10,7 @@ import torch
 
 from fedcmt.config import SiteConfig
 from fedcmt.data.checks import list_cases, read_dataset_json
-from fedcmt.data.classes import UNKNOWN, CaseClasses, read_classes
+from fedcmt.data.classes import UNKNOWN, CaseClasses
 from fedcmt.evaluation.metrics import evaluate_folder, write_scores
 from fedcmt.nnunet.classify import classify_folder, model_classes, write_classification
 from fedcmt.nnunet.predict import predict_folder
@@ -25,14 +25,24 @@ class WholeCases:
     Args:
       name: The site's name.
       config: The site's.
+      classes: The class of every case of a site that classifies; None for a site that segments.
       model_folder: The exported model; predictions go into its ``predictions/images<split>``.
       dataset: The site's data set in nnU-Net raw form.
       scratch: Folder for temporary links.
     """
 
-    def __init__(self, name: str, config: SiteConfig, model_folder: Path, dataset: Path, scratch: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: SiteConfig,
+        classes: CaseClasses | None,
+        model_folder: Path,
+        dataset: Path,
+        scratch: Path,
+    ) -> None:
         self._name = name
         self._config = config
+        self._classes = classes
         self._model_folder = model_folder
         self._dataset = dataset
         self._dataset_json = read_dataset_json(dataset)
@@ -40,15 +50,11 @@ class WholeCases:
 
     def test_cases(self) -> list[str]:
         """Test cases with a reference: all of imagesTs where there is labelsTs, or those of known class."""
-        if self._config.task == "classification":
-            if not (self._dataset / "imagesTs").is_dir():
-                return []
-            known = self._classes().cases
-            cases = list_cases(self._dataset, self._dataset_json, images="imagesTs")
-            return [case for case in cases if known[case] != UNKNOWN]
-        if not (self._dataset / "labelsTs").is_dir():
+        needed = "labelsTs" if self._classes is None else "imagesTs"
+        if not (self._dataset / needed).is_dir():
             return []
-        return list(list_cases(self._dataset, self._dataset_json, images="imagesTs"))
+        cases = list_cases(self._dataset, self._dataset_json, images="imagesTs")
+        return [case for case in cases if self._classes is None or self._classes.cases[case] != UNKNOWN]
 
     def scores(self, split: str, cases: Sequence[str]) -> dict[str, Any]:
         """Mean scores of some cases of ``images<split>``, without a case's name."""
@@ -56,8 +62,8 @@ class WholeCases:
         with tempfile.TemporaryDirectory(dir=self._scratch) as temporary:
             images, labels = Path(temporary, "images"), Path(temporary, "labels")
             _link(images, [file for case in cases for file in files[case]])
-            if self._config.task == "classification":
-                return self._classified(split, images)
+            if self._classes is not None:
+                return self._classified(split, images, self._classes)
             ending = self._dataset_json["file_ending"]
             _link(labels, [self._dataset / f"labels{split}" / f"{case}{ending}" for case in cases])
             return self._segmented(split, images, labels)
@@ -69,15 +75,12 @@ class WholeCases:
         write_scores(scores, output)
         return scores.summary()
 
-    def _classified(self, split: str, images: Path) -> dict[str, Any]:
+    def _classified(self, split: str, images: Path, classes: CaseClasses) -> dict[str, Any]:
         probabilities = classify_folder(self._model_folder, images, **self._how(split))
         names = model_classes(self._model_folder)
-        scores = write_classification(self._output(split), probabilities, names, self._classes())
+        scores = write_classification(self._output(split), probabilities, names, classes)
         assert scores is not None  # classes are given
         return scores.summary()
-
-    def _classes(self) -> CaseClasses:
-        return read_classes(self._dataset, self._dataset_json, self._config.classes)
 
     def _output(self, split: str) -> Path:
         return self._model_folder / "predictions" / f"images{split}"

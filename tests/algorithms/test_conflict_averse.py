@@ -70,7 +70,8 @@ def assert_same_direction(one: np.ndarray, other: np.ndarray, updates: np.ndarra
 
 def named(rows: Rows, dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Tensor]]:
     """Each row as the update of one site: a, b, ... with one tensor w."""
-    return {site: {"w": torch.tensor(row, dtype=dtype)} for site, row in zip("abcdefgh", rows, strict=False)}
+    names = "abcdefgh"[: len(rows)]
+    return {site: {"w": torch.tensor(row, dtype=dtype)} for site, row in zip(names, rows, strict=True)}
 
 
 def gram_of(updates: dict[str, dict[str, Tensor]]) -> GramMatrix:

@@ -130,7 +130,7 @@ class FedCMT(Algorithm):
         The record keeps the optimiser's clock, each site's running agreement, and of sites that join later (``joined``)
         the round from which their encoder counts and the adapters that were new with them.
         """
-        record = {"round": 0, "num_rounds": num_rounds, "agreement": {}, "sites": [s.name for s in sites], "joined": {}}
+        record = {"round": 0, "num_rounds": num_rounds, "agreement": {}, "joined": {}}
         return State(dict(initial), record=record)
 
     def register(self, state: State, site: Participant, initial: Params) -> State:
@@ -145,8 +145,7 @@ class FedCMT(Algorithm):
         params = {**state.params, **{name: _slot_mean(name, state.params, tensor) for name, tensor in new.items()}}
         first = state.record["round"] + (0 if returns else _WARM_START)
         joined = {**state.record["joined"], site.name: {"first_round": first, "own": sorted({*new, *before["own"]})}}
-        sites = sorted({*state.record["sites"], site.name})
-        return replace(state, params=params, record={**state.record, "sites": sites, "joined": joined})
+        return replace(state, params=params, record={**state.record, "joined": joined})
 
     def payload(self, state: State, site: Participant) -> Payload:
         """What a site exchanges; of a site in its warm start all is frozen but the adapters that came with it."""
@@ -328,4 +327,4 @@ def _step_curves(before: Params, after: Params, encoders: Mapping[str, Params]) 
 
 
 def _is_radius_or_none(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and is_number(value) and 0 <= value < 1)
+    return value is None or (is_number(value) and 0 <= value < 1)
