@@ -227,20 +227,21 @@ def test_an_empty_folder_of_test_images_is_none(
     assert site.handle(Task.FINISH, Message({})).meta["report"]["test"] is None
 
 
+@pytest.mark.parametrize("score_common", [True, False])
 def test_cases_that_all_sites_share_are_scored_apart(
-    raw: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score_common: bool
 ) -> None:
     own = shutil.copytree(raw, tmp_path / "own_raw")
     monkeypatch.setenv("nnUNet_raw", str(own))
     dataset = own / "Dataset701_Tiny"
     for kind in ("images", "labels"):
         shutil.copytree(dataset / f"{kind}Ts", dataset / f"{kind}Common")
-    site, payload = prepared(folders / "site", FedCMT())
+    site, payload = prepared(folders / "site", FedCMT(), config=replace(CONFIG, score_common=score_common))
     site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     report = site.handle(Task.FINISH, Message({})).meta["report"]
-    assert report["common"] == report["test"]
+    assert report.get("common") == (report["test"] if score_common else None)
     predictions = folders / "results" / report["model_folder"] / "predictions"
-    assert sorted(p.name for p in predictions.iterdir()) == ["imagesCommon", "imagesTr", "imagesTs"]
+    assert sorted(p.name for p in predictions.iterdir()) == ["imagesCommon"] * score_common + ["imagesTr", "imagesTs"]
 
 
 def test_what_is_frozen_stays_as_received_and_is_not_sent(folders: Path) -> None:

@@ -117,6 +117,8 @@ class SiteConfig:
     mirror_axes: list[int] | None = None
     """Array axes (0 is z in 3D) along which training mirrors patches, and prediction may; null is all of them, as
     nnU-Net does. Leave out the left-right axis where labels tell left from right."""
+    score_common: bool = True
+    """Score the exported model on the test cases that all sites share (``imagesCommon``) too, where there are any."""
     num_workers: int | None = None
     """Processes that load and augment; null is nnU-Net's choice on a GPU and 0 (repeatable) on a CPU."""
     num_processes: int = 1
@@ -161,7 +163,8 @@ class SiteConfig:
             value = getattr(config, key)
             _require(is_int(value) and value >= least, where, key, value, f"a whole number from {least}")
         _require(is_number(config.grad_clip) and config.grad_clip > 0, where, "grad_clip", config.grad_clip, "above 0")
-        _require(isinstance(config.mirroring, bool), where, "mirroring", config.mirroring, "true or false")
+        for key in ("mirroring", "score_common"):
+            _require(isinstance(getattr(config, key), bool), where, key, getattr(config, key), "true or false")
         axes = config.mirror_axes
         axes_ok = axes is None or (isinstance(axes, list) and all(is_int(a) and 0 <= a <= 2 for a in axes))
         _require(axes_ok, where, "mirror_axes", axes, "null or a list of array axes from 0 to 2")

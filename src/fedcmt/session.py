@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 _LAST = "last.safetensors"
 _BEST = "best.safetensors"
-_TESTS = ("Ts", "Common")
-"""Splits that are scored at the end: a site's own test cases, and those that all sites of a cohort share."""
 _HEADS = re.compile(r"(?:^|\.)(?:seg_layers|head)\.")
 """Names of output layers: in nnU-Net's networks, and in `fedcmt.models`."""
 
@@ -211,7 +209,8 @@ class Session:
         validation = None
         if self._config.fold != "all":
             validation = scored.scores("Tr", self.trainer.validation_cases()[1])
-        test, common = (scored.scores(split, cases) if (cases := scored.labelled(split)) else None for split in _TESTS)
+        test = _score_split(scored, "Ts")
+        common = _score_split(scored, "Common") if self._config.score_common else None
         return {
             "task": self._config.task,
             **({"classes": self._config.classes} if self._config.task == "classification" else {}),
@@ -313,3 +312,9 @@ class Session:
         self._random.load(parts["random"], meta["random"])
         self._best_score = meta["best_score"]
         self._scores = dict(meta["scores"])
+
+
+def _score_split(cases: WholeCases, split: str) -> dict[str, Any] | None:
+    """Of the test cases of a split that have a reference; None where there are none."""
+    labelled = cases.labelled(split)
+    return cases.scores(split, labelled) if labelled else None
