@@ -7,7 +7,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 has_packages() {
   "$1" -c 'import nvflare, nnunetv2, torch, SimpleITK, safetensors, tensorboard, psutil' >/dev/null 2>&1 &&
     "$1" -c 'import sys; from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ("monai", "sklearn", "scipy", "nibabel", "matplotlib", "jinja2", "pandas"))))' 2>/dev/null
+sys.exit(not all(map(find_spec, ("monai", "sklearn", "scipy", "nibabel", "matplotlib", "jinja2", "pandas", "opacus", "dp_accounting"))))' 2>/dev/null
 }
 
 if [ -x "$here/.venv/bin/python" ] && [ -f "$here/.venv/complete" ]; then
