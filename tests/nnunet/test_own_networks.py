@@ -1,7 +1,8 @@
-"""The networks that nnU-Net lacks, by the name in the plans, through training, export and both ways of prediction."""
+"""The networks that nnU-Net lacks, planned, through training, export and both ways of prediction."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedcmt.json_file import read_json
 from fedcmt.nnunet.classifier import classifier_of
 from fedcmt.nnunet.export import export_model_folder, stock_network
 from fedcmt.nnunet.fingerprint import bin_policy
+from fedcmt.nnunet.network import build_network
 from fedcmt.nnunet.paths import nnunet_paths
 from fedcmt.nnunet.planning_options import NETWORKS, PlanningOptions
 from fedcmt.nnunet.plans import plan_federation
@@ -32,18 +34,32 @@ from fedcmt.nnunet.predict import predict_folder
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, SiteTrainer, build_trainer
-from fedcmt.params import ParameterError, snapshot
+from fedcmt.params import ParameterError, copy_into, snapshot
 
+HEAD_BIAS = re.compile(r"(head|decoder\.seg_layers\.\d+)\.bias")
 SOURCE = Path(__file__).parents[2] / "src"
 CPU = torch.device("cpu")
-CLASS_NAMES = {"UNet3D": "fedcmt.models.unet3d.UNet3D", "TransUNet3D": "fedcmt.models.trans_unet3d.TransUNet3D"}
+CLASS_NAMES = {
+    "UNet3D": "fedcmt.models.unet3d.UNet3D",
+    "TransUNet3D": "fedcmt.models.trans_unet3d.TransUNet3D",
+    "MUNet": "fedcmt.models.munet.MUNet",
+}
+ONE_OUTPUT = ("UNet3D", "TransUNet3D")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "UNet3D": {"network": "UNet3D", "max_stages": 3},
+    "TransUNet3D": {"network": "TransUNet3D", "max_stages": 3},
+    "MUNet-2d": {"network": "MUNet", "max_stages": 2, "configuration": "2d"},
+    "MUNet-3d": {
+        "network": "MUNet", "max_stages": 2, "network_options": {"norm": "group", "cmm_norm": "pre_ln"},
+    },
+}  # fmt: skip
 
 
 class Site:
     """A small data set planned and prepared for one of the networks."""
 
-    def __init__(self, root: Path, network: str) -> None:
-        self.root, self.network = root, network
+    def __init__(self, root: Path, changes: dict[str, Any]) -> None:
+        self.root = root
         self.dataset = make_brain_mr(
             root / "raw" / "Dataset702_Tiny",
             num_train=5,
@@ -53,9 +69,9 @@ class Site:
             channels=("FLAIR", "T1"),
             shape_vox=(24, 28, 20),
         )
-        options = PlanningOptions(
-            network=network, base_features=4, max_features=8, max_stages=3, max_patch_size=(16, 16, 24), batch_size=2
-        )
+        options = PlanningOptions(base_features=4, max_features=8, max_patch_size=(16, 16, 24), batch_size=2, **changes)
+        self.network, self.configuration = options.network, options.configuration
+        self.one_output = self.network in ONE_OUTPUT
         fingerprint = own_fingerprint(self.dataset, options)
         plans = plan_federation({"s": fingerprint.coarsened(bin_policy("consensus"))}, options)["s"]
         self.plans = prepare_data(plans, fingerprint, self.dataset, root / "preprocessed", options, site="s", job="j")
@@ -68,7 +84,7 @@ class Site:
             return build_trainer(
                 self.plans,
                 self.dataset_json,
-                configuration="3d_fullres",
+                configuration=self.configuration,
                 device=CPU,
                 seed=1,
                 **(settings | {"fold": 0} | changes),
@@ -77,24 +93,28 @@ class Site:
     def parameters(self) -> dict[str, Tensor]:
         """Drawn wide, so that label maps differ from voxel to voxel."""
         generator = torch.Generator().manual_seed(5)
-        own = snapshot(stock_network(self.plans, self.dataset_json, "3d_fullres"))
+        own = snapshot(stock_network(self.plans, self.dataset_json, self.configuration))
         drawn = {name: t + 0.3 * torch.randn(t.shape, generator=generator) for name, t in own.items()}
-        return drawn | {"head.bias": torch.zeros_like(own["head.bias"])}
+        return drawn | {name: torch.zeros_like(own[name]) for name in own if HEAD_BIAS.match(name)}
 
     def export(self, folder: Path, parameters: dict[str, Tensor]) -> Path:
         return export_model_folder(
             folder,
             plans=self.plans,
             dataset_json=self.dataset_json,
-            configuration="3d_fullres",
-            mirroring_axes=(0, 2),
+            configuration=self.configuration,
+            mirroring_axes=(0, 1),
             checkpoints={"final": parameters},
         )
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        return self.plans["configurations"][self.configuration]
 
-@pytest.fixture(scope="module", params=list(NETWORKS))
+
+@pytest.fixture(scope="module", params=list(OPTIONS))
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site(tmp_path_factory.mktemp("site"), request.param)
+    return Site(tmp_path_factory.mktemp("site"), OPTIONS[request.param])
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -115,8 +135,10 @@ def test_training_moves_every_parameter_and_sees_full_resolution(site: Site, mon
     after = snapshot(trainer.module)
     still = {name for name in before if torch.equal(before[name], after[name])}
     # Instance norm takes away the biases before it, and leaves them no gradient but rounding.
-    assert not any(name for name in still if not name.endswith("conv.bias"))
-    patch = tuple(site.plans["configurations"]["3d_fullres"]["patch_size"])
+    # nnU-Net's deep supervision gives the lowest output no weight.
+    lowest = () if site.one_output else ("decoder.seg_layers.0.",)
+    assert not [name for name in still if not name.endswith("conv.bias") and not name.startswith(lowest)]
+    patch = tuple(site.chosen["patch_size"])
     assert seen[0].logits.shape == seen[0].target.shape == (2, 3, *patch)
     assert 0 <= trainer.validate(2) <= 1
 
@@ -149,25 +171,40 @@ def test_a_classifier_pools_the_one_output(site: Site, monkeypatch: pytest.Monke
     assert 0 <= trainer.validate(1) <= 1
 
 
-def test_stock_nnunet_trains_the_network_without_deep_supervision(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def stock_trainer(site: Site, kind: type[nnUNetTrainer], monkeypatch: pytest.MonkeyPatch) -> nnUNetTrainer:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     plans = {**site.plans, "continue_training": False}  # which nnU-Net takes out of the dict it is given
     with nnunet_paths(preprocessed=site.root / "preprocessed", results=site.root / "results"):
-        supervised = nnUNetTrainer(dict(plans), "3d_fullres", 0, site.dataset_json, CPU)
-        with pytest.raises(ValueError, match=f"{site.network}: deep_supervision is true.*NoDeepSupervision"):
-            supervised.initialize()
-        trainer = nnUNetTrainerNoDeepSupervision(dict(plans), "3d_fullres", 0, site.dataset_json, CPU)
+        trainer = kind(plans, site.configuration, 0, site.dataset_json, CPU)
         trainer.initialize()
-        loader, _ = trainer.get_dataloaders()
-        trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-        assert np.isfinite(trainer.train_step(next(loader))["loss"])
+        trainer.dataloader_train, _ = trainer.get_dataloaders()
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    return trainer
+
+
+def test_stock_nnunet_trains_the_network_without_deep_supervision(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = stock_trainer(site, nnUNetTrainerNoDeepSupervision, monkeypatch)
+    assert np.isfinite(trainer.train_step(next(trainer.dataloader_train))["loss"])
+
+
+def test_stock_nnunet_s_deep_supervision_is_for_networks_of_several_outputs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if site.one_output:
+        with pytest.raises(ValueError, match=f"{site.network}: deep_supervision is true.*NoDeepSupervision"):
+            stock_trainer(site, nnUNetTrainer, monkeypatch)
+        return
+    trainer = stock_trainer(site, nnUNetTrainer, monkeypatch)
+    batch = next(trainer.dataloader_train)
+    assert [t.shape[2:] for t in batch["target"]] == [o.shape[2:] for o in trainer.network(batch["data"])]
+    assert np.isfinite(trainer.train_step(batch)["loss"])
 
 
 def test_the_exported_checkpoint_holds_each_parameter_once_and_plain_values(site: Site, tmp_path: Path) -> None:
     parameters = site.parameters()
     folder = site.export(tmp_path, parameters)
     plans = json.loads((folder / "plans.json").read_text())
-    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    architecture = plans["configurations"][site.configuration]["architecture"]
     assert architecture["network_class_name"] == CLASS_NAMES[site.network]
     checkpoint = torch.load(folder / "fold_all" / "checkpoint_final.pth", weights_only=True)
     assert checkpoint["trainer_name"] == "nnUNetTrainer"
@@ -177,8 +214,9 @@ def test_the_exported_checkpoint_holds_each_parameter_once_and_plain_values(site
 
 def test_a_parameter_that_is_missing_is_named(site: Site, tmp_path: Path) -> None:
     parameters = site.parameters()
-    del parameters["head.bias"]
-    with pytest.raises(ParameterError, match=r"head\.bias"):
+    last = list(parameters)[-1]
+    del parameters[last]
+    with pytest.raises(ParameterError, match=re.escape(last)):
         site.export(tmp_path / "m", parameters)
     assert not (tmp_path / "m").exists()
 
@@ -195,6 +233,17 @@ def test_nnunet_s_own_predictor_gives_the_project_s_label_maps(site: Site, tmp_p
     predictor.predict_from_files_sequential(str(site.dataset / "imagesTs"), str(tmp_path / "stock"))
     np.testing.assert_array_equal(voxels(ours), voxels(tmp_path / "stock" / ours.name))
     assert len(np.unique(voxels(ours))) > 1
+
+
+def test_nnunet_s_own_predictor_has_the_logits_of_training(site: Site, tmp_path: Path) -> None:
+    trained = build_network(site.plans, site.configuration, 2, site.dataset_json)
+    copy_into(trained, site.parameters())
+    patch = torch.randn(1, 2, *site.chosen["patch_size"], generator=torch.Generator().manual_seed(6))
+    expected = trained(patch) if site.one_output else trained(patch)[0]
+    predictor = nnUNetPredictor(perform_everything_on_device=False, device=CPU, allow_tqdm=False)
+    model = site.export(tmp_path, site.parameters())
+    predictor.initialize_from_trained_model_folder(str(model), use_folds=("all",))
+    assert torch.equal(predictor.network(patch), expected)
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedcmt.algorithms.asymmetric import AsymmetricFedAvg
-from fedcmt.models.scopes import ALL_SHARED, Partition
+from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER, ALL_SHARED, Partition
 from fedcmt.nnunet.fingerprint import bin_policy, extract_fingerprint
-from fedcmt.nnunet.network import build_network
+from fedcmt.nnunet.network import build_network, input_parameters
 from fedcmt.nnunet.planner import FederatedPlanner
 from fedcmt.params import ParameterError, named_tensors, shapes
 from tests.nnunet.tiny_data import geometries, write_dataset
@@ -61,17 +61,21 @@ def partition(site: str, plans: dict, fingerprint: dict) -> Partition:
     return Partition(rules, own, modality="MR", channels=CHANNELS[site], input_parameters={FIRST})
 
 
-@pytest.mark.parametrize("network", ["plan", "UNet3D"])
+@pytest.mark.parametrize("network", ["plan", "UNet3D", "MUNet"])
 def test_a_site_that_joins_keeps_its_own_depth_in_own_mode(fingerprints: dict[str, dict], network: str) -> None:
     alone = {site: planner("own", network).plan({site: sent}, {})[site] for site, sent in fingerprints.items()}
-    assert stages(alone["small"]) == 3
-    assert stages(alone["wide"]) == 4
+    halvings = 1 if network == "MUNet" else 0  # it counts stages from half resolution down
+    assert stages(alone["small"]) == 3 - halvings
+    assert stages(alone["wide"]) == 4 - halvings
     assert planner("own", network).plan(fingerprints, {"small": alone["small"]}) == alone
 
 
-def test_a_site_that_joins_is_as_deep_as_the_others_in_architecture_mode(fingerprints: dict[str, dict]) -> None:
-    known = planner("architecture").plan({"small": fingerprints["small"]}, {})
-    plans = planner("architecture").plan({site: fingerprints[site] for site in ("small", "wide")}, known)
+@pytest.mark.parametrize("network", ["plan", "UNet3D", "MUNet"])
+def test_a_site_that_joins_is_as_deep_as_the_others_in_architecture_mode(
+    fingerprints: dict[str, dict], network: str
+) -> None:
+    known = planner("architecture", network).plan({"small": fingerprints["small"]}, {})
+    plans = planner("architecture", network).plan({site: fingerprints[site] for site in ("small", "wide")}, known)
     assert plans["small"] == known["small"]
     assert stages(plans["wide"]) == stages(plans["small"])
 
@@ -81,6 +85,22 @@ def test_a_site_whose_images_are_too_small_to_join_is_told_so(fingerprints: dict
     expected = r"site 'small' cannot join: its images allow patches of .* and 3 resolution stages.* network has 4"
     with pytest.raises(ValueError, match=expected):
         planner("architecture").plan({site: fingerprints[site] for site in ("small", "wide")}, known)
+
+
+def test_every_site_can_load_the_initial_model_of_a_munet(fingerprints: dict[str, dict]) -> None:
+    sent = {site: fingerprints[site] for site in ("small", "thick")}
+    plans = planner("architecture", "MUNet").plan(sent, {})
+    initial = planner("architecture", "MUNet").initial(plans, sent, MODALITIES, ADAPTER_ENCODER_DECODER)
+    for site in sent:
+        network = build_network(plans[site], "3d_fullres", 1, labels(sent[site]))
+        split = Partition(
+            ADAPTER_ENCODER_DECODER,
+            shapes(named_tensors(network)),
+            modality="MR",
+            channels=CHANNELS[site],
+            input_parameters=input_parameters(network),
+        )
+        assert set(split.incoming(initial)) == {n for n in named_tensors(network) if n.startswith("encoder.")}
 
 
 @pytest.mark.parametrize("mode", ["architecture", "own"])

@@ -32,11 +32,11 @@ def uses_deep_supervision(plans: Mapping[str, Any], configuration: str) -> bool:
       configuration: E.g. "3d_fullres".
 
     Returns:
-      False if the plans say so, for a network with one output; False for two stages, with one output too, to which
-      nnU-Net's deep supervision gives the weight 0 / 0 (2.8.1).
+      False if the plans say so, for a network with one output; False for two resolutions, with one output too, to
+      which nnU-Net's deep supervision gives the weight 0 / 0 (2.8.1).
     """
     arch_kwargs = plans["configurations"][configuration]["architecture"]["arch_kwargs"]
-    return arch_kwargs.get("deep_supervision", True) and arch_kwargs["n_stages"] > 2
+    return arch_kwargs.get("deep_supervision", True) and len(arch_kwargs["strides"]) > 2
 
 
 def build_network(

@@ -1,7 +1,7 @@
 """What a job may say about planning."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -10,7 +10,10 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
     nnUNetPlannerResEncXL,
 )
+from torch import nn
 
+from fedcmt.models.cross_modality import CMM_NORMS
+from fedcmt.models.munet import MUNet
 from fedcmt.models.trans_unet3d import TransUNet3D
 from fedcmt.models.unet3d import UNet3D
 from fedcmt.nnunet.fingerprint import bin_policy
@@ -23,12 +26,18 @@ PLANNERS: dict[str, type[ExperimentPlanner]] = {
 }
 """nnU-Net's planners by the name jobs use."""
 
-NETWORKS: dict[str, type[UNet3D]] = {"UNet3D": UNet3D, "TransUNet3D": TransUNet3D}
-"""Networks that nnU-Net lacks, by the name jobs use; each is built from nothing but stages and their features."""
+NETWORKS: dict[str, type[nn.Module]] = {"UNet3D": UNet3D, "TransUNet3D": TransUNet3D, "MUNet": MUNet}
+"""Networks that nnU-Net lacks, by the name jobs use."""
+
+NETWORK_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "MUNet": {"norm": ("instance", "group"), "cmm_norm": CMM_NORMS, "strict_compat": (False, True)}
+}
+"""What ``network_options`` may say of a network, and the values; of the others, nothing."""
 
 PLANNED_NETWORK = "plan"
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 ADAPTERS = ("conv", "linear")
+NORMALIZATIONS = ("plan", "minmax")
 
 
 @dataclass(frozen=True)
@@ -42,15 +51,21 @@ class PlanningOptions:
       planner: A name in `PLANNERS`.
       configuration: The configuration that is trained, one of `CONFIGURATIONS`.
       network: "plan", the planner's own, or a name in `NETWORKS`, which takes the planner's patch, depth and features,
-        has kernels of 3 and halves every axis in every stage. Those need the ExperimentPlanner, whose network is as
-        large, and a 3D configuration. ``base_features`` 16 and ``max_stages`` 5 give UNet3D 16 to 256.
+        has kernels of 3 and halves every axis in every stage. Those need the ExperimentPlanner, and all but MUNet a 3D
+        configuration. ``base_features`` 16 and ``max_stages`` 5 give UNet3D 16 to 256, and MUNet in "2d" the 16 and 32
+        to 512 it was published with. nnU-Net plans batch and patch for its own U-Net; MUNet with four channels keeps
+        over twice as many values for the gradient, so set ``batch_size`` for it.
+      network_options: Arguments of the network, see `NETWORK_OPTIONS` and the network's class.
+      normalization: "plan", nnU-Net's by the names of the channels, or "minmax", every channel to [0, 1], see
+        `MaskedMinMaxNormalization`: preprocessed and predicted by this project, not by stock commands.
       base_features: Features of the first stage; they double per stage.
       max_features: Most features of a 3D stage (2D configurations keep nnU-Net's 512).
       gpu_memory_gb: GPU memory to plan for in GB; None for the planner's own.
       max_patch_size: Largest patch of the trained configuration in voxels, never exceeded, in array axis order (z, y, x
         as nnU-Net reads images); None for the planner's.
       batch_size: Patches per step; None for the planner's.
-      max_stages: Most resolution stages of the trained configuration; None for the planner's.
+      max_stages: Most stages of the trained configuration's network; None for the planner's. A stage is a resolution,
+        but for MUNet, which has one resolution more than stages.
       extra_stem_convolution: One more convolution in PlainConvUNet's first stage, so that its first block can be a
         site's modality adapter and the shared encoder starts behind it.
       adapter: First block of the trained configuration: "conv", the planned network's own, or "linear", a 1x1x1
@@ -64,6 +79,8 @@ class PlanningOptions:
     planner: str = "ExperimentPlanner"
     configuration: str = "3d_fullres"
     network: str = PLANNED_NETWORK
+    network_options: Mapping[str, Any] = field(default_factory=dict)
+    normalization: str = "plan"
     base_features: int = 32
     max_features: int = 320
     gpu_memory_gb: float | None = None
@@ -81,6 +98,7 @@ class PlanningOptions:
         _check_choice("configuration", self.configuration, CONFIGURATIONS)
         _check_choice("network", self.network, (PLANNED_NETWORK, *NETWORKS))
         _check_choice("adapter", self.adapter, ADAPTERS)
+        _check_choice("normalization", self.normalization, NORMALIZATIONS)
         for name, least in _SMALLEST.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -105,6 +123,7 @@ class PlanningOptions:
             )
         if self.network != PLANNED_NETWORK:
             self._check_own_network()
+        self._check_network_options()
         if self.adapter == "linear":
             self._check_linear_adapter()
 
@@ -114,13 +133,30 @@ class PlanningOptions:
             raise ValueError(
                 f"{where}, but {self.planner} plans patches and batches for a residual encoder. Use ExperimentPlanner."
             )
-        if self.configuration == "2d":
+        if self.configuration == "2d" and self.network != "MUNet":
             raise ValueError(f"{where}, a 3D network, but planning.configuration is '2d'. Use a 3D configuration.")
         if self.extra_stem_convolution or self.adapter != "conv":
             raise ValueError(
-                f"{where}, whose first stage has a convolution behind the adapter already. Leave "
+                f"{where}, which has further convolutions behind its first ones already. Leave "
                 "planning.extra_stem_convolution and planning.adapter out."
             )
+
+    def _check_network_options(self) -> None:
+        if not isinstance(self.network_options, Mapping):
+            raise ValueError(f"planning.network_options is {self.network_options!r}, expected an object")
+        known = NETWORK_OPTIONS.get(self.network, {})
+        unknown = sorted(set(self.network_options) - set(known))
+        if unknown:
+            raise ValueError(
+                f"planning.network_options: network {self.network!r} takes no {unknown}, only {list(known)}."
+            )
+        if self.network_options.get("norm") == "batch":
+            raise ValueError(
+                "planning.network_options.norm is 'batch', whose running statistics are no parameters: sites exchange "
+                "and export parameters alone. Use 'instance' or 'group'."
+            )
+        for name, value in self.network_options.items():
+            _check_choice(f"network_options.{name}", value, known[name])
 
     def _check_linear_adapter(self) -> None:
         where = "planning.adapter is 'linear', a first block for 3D PlainConvUNets"
@@ -161,6 +197,6 @@ _SMALLEST = {
 }
 
 
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+def _check_choice(name: str, value: object, known: Sequence[object]) -> None:
     if value not in known:
         raise ValueError(f"planning.{name} is {value!r}, expected one of {list(known)}")

@@ -29,7 +29,9 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from fedcmt.data.checks import channel_names
 from fedcmt.json_file import write_json
 from fedcmt.models.adapters import LinearAdapterUNet
+from fedcmt.models.munet import MUNet, planned_strides
 from fedcmt.nnunet.fingerprint import Fingerprint, FingerprintMismatchError, bin_policy, merge, to_nnunet
+from fedcmt.nnunet.normalization import MaskedMinMaxNormalization
 from fedcmt.nnunet.paths import nnunet_paths
 from fedcmt.nnunet.planning_options import NETWORKS, PLANNED_NETWORK, PLANNERS, PlanningOptions
 
@@ -40,7 +42,10 @@ Plans = dict[str, Any]
 _MIN_EDGE = 4  # nnU-Net's UNet_featuremap_min_edge_length
 _DATASET = "Dataset001_Federation"
 _WITHOUT_INTENSITIES = frozenset(
-    ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
+    (
+        *("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"),
+        MaskedMinMaxNormalization.__name__,
+    )
 )
 
 
@@ -207,7 +212,18 @@ def _plan(fingerprint: Fingerprint, options: PlanningOptions, where: str) -> Pla
             f"planning: nnU-Net plans no {options.configuration} for {where}, only {sorted(plans['configurations'])}; "
             "choose one of these as planning.configuration"
         )
+    if options.normalization == "minmax":
+        _normalise_by_range(plans)
     return json.loads(json.dumps(plans))
+
+
+def _normalise_by_range(plans: Plans) -> None:
+    """Min-max inside the foreground mask for all channels of all configurations that do not inherit theirs."""
+    for configuration in plans["configurations"].values():
+        if "normalization_schemes" in configuration:
+            channels = len(configuration["normalization_schemes"])
+            configuration["normalization_schemes"] = [MaskedMinMaxNormalization.__name__] * channels
+            configuration["use_mask_for_norm"] = [True] * channels
 
 
 def _plan_alone(fingerprint: Fingerprint, options: PlanningOptions, where: str) -> Plans:
@@ -234,8 +250,7 @@ def _with_common_topology(plans_by_site: dict[str, Plans], options: PlanningOpti
     chosen = {site: plans["configurations"][name] for site, plans in plans_by_site.items()}
     limits = {site: _transposed_limit(plans, options) for site, plans in plans_by_site.items()}
     deepest = max((c["architecture"] for c in chosen.values()), key=lambda a: a["arch_kwargs"]["n_stages"])
-    most = min(deepest["arch_kwargs"]["n_stages"], options.max_stages or deepest["arch_kwargs"]["n_stages"])
-    stages = most
+    stages = _resolutions(deepest["arch_kwargs"]["n_stages"], options)
     while stages > 1 and not all(_fits(c["patch_size"], limits[site], stages) for site, c in chosen.items()):
         stages -= 1
     if stages < 2:
@@ -244,6 +259,8 @@ def _with_common_topology(plans_by_site: dict[str, Plans], options: PlanningOpti
             f"planning: patches {smallest} are too small for a U-Net of two stages; it needs {2 * _MIN_EDGE - 1} "
             "voxels or more on every axis. Leave the site out."
         )
+    if options.network == MUNet.__name__:
+        _check_equal_channels(chosen)
     dimension = len(next(iter(chosen.values()))["patch_size"])
     architecture = copy.deepcopy(deepest)
     _limit_stages(architecture["arch_kwargs"], stages)
@@ -257,6 +274,23 @@ def _with_common_topology(plans_by_site: dict[str, Plans], options: PlanningOpti
         _finish(configuration, options)
         plans_by_site[site]["configurations"] = {name: configuration}
     return plans_by_site
+
+
+def _resolutions(planned: int, options: PlanningOptions) -> int:
+    """As many as planned, within the job's limit of stages; `MUNet` has one resolution more than stages."""
+    if options.max_stages is None:
+        return planned
+    return min(planned, options.max_stages + (options.network == MUNet.__name__))
+
+
+def _check_equal_channels(configurations: Mapping[str, dict[str, Any]]) -> None:
+    channels = {site: len(c["normalization_schemes"]) for site, c in configurations.items()}
+    if len(set(channels.values())) > 1:
+        raise ValueError(
+            f"planning: sites have {channels} channels, but MUNet has an encoder for each, so one architecture needs "
+            "as many everywhere. Let every dataset.json name all channels, with images of zeros for sequences that are "
+            "missing, or set planning.mode to 'own'."
+        )
 
 
 def _transposed_limit(plans: Plans, options: PlanningOptions) -> Sequence[int | None]:
@@ -305,19 +339,36 @@ def _finish(configuration: dict[str, Any], options: PlanningOptions) -> None:
     if options.adapter == "linear":
         configuration["architecture"]["network_class_name"] = _path(LinearAdapterUNet)
     if options.network != PLANNED_NETWORK:
-        configuration["architecture"] = _own_architecture(options.network, configuration["architecture"]["arch_kwargs"])
+        configuration["architecture"] = _own_architecture(options, configuration["architecture"]["arch_kwargs"])
 
 
-def _own_architecture(network: str, planned: Mapping[str, Any]) -> dict[str, Any]:
+def _own_architecture(options: PlanningOptions, planned: Mapping[str, Any]) -> dict[str, Any]:
     """The plans' entry for a network that nnU-Net lacks, as deep and as wide as the one planned."""
+    arguments = _munet_arguments if options.network == MUNet.__name__ else _unet_arguments
     return {
-        "network_class_name": _path(NETWORKS[network]),
-        "arch_kwargs": {
-            "n_stages": planned["n_stages"],
-            "features_per_stage": planned["features_per_stage"],
-            "deep_supervision": False,  # tells whoever trains these plans that there is one output
-        },
+        "network_class_name": _path(NETWORKS[options.network]),
+        "arch_kwargs": {**arguments(planned), **options.network_options},
         "_kw_requires_import": [],
+    }
+
+
+def _unet_arguments(planned: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "n_stages": planned["n_stages"],
+        "features_per_stage": planned["features_per_stage"],
+        "deep_supervision": False,  # tells whoever trains these plans that there is one output
+    }
+
+
+def _munet_arguments(planned: Mapping[str, Any]) -> dict[str, Any]:
+    """The planned first stage becomes the stems; `MUNet` counts stages from half resolution down."""
+    stages, dimensions = planned["n_stages"] - 1, len(planned["strides"][0])
+    return {
+        "n_stages": stages,
+        "stem_features": planned["features_per_stage"][0],
+        "features_per_stage": planned["features_per_stage"][1:],
+        "dimensions": dimensions,
+        "strides": planned_strides(stages, dimensions),
     }
 
 

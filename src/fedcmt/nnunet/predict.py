@@ -17,6 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from fedcmt.data.checks import list_cases
 from fedcmt.json_file import JsonFileError, read_json
 from fedcmt.nnunet.export import CLASSES_FILE
+from fedcmt.nnunet.normalization import with_own_schemes
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,7 @@ def load_predictor(folder: Path, checkpoint: str, *, device: torch.device, mirro
             allow_tqdm=False,
         )
         predictor.initialize_from_trained_model_folder(str(folder), use_folds=("all",), checkpoint_name=checkpoint)
+    predictor.configuration_manager = with_own_schemes(predictor.configuration_manager)
     log.debug("nnU-Net: %s", chatter.getvalue().strip())
     if predictor.configuration_manager.previous_stage_name is not None:
         raise PredictionInputError(

@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fedcmt.data.checks import Case, list_training_cases, read_dataset_json
 from fedcmt.json_file import JsonFileError, read_json, write_json
+from fedcmt.nnunet.normalization import with_own_schemes
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def _preprocess_case(
     plans: Mapping[str, Any], configuration: str, name: str, case: Case, dataset_json: dict, folder: Path
 ) -> str:
     manager = PlansManager(dict(plans))
-    chosen = manager.get_configuration(configuration)
+    chosen = with_own_schemes(manager.get_configuration(configuration))
     images = [str(path) for path in case.images]
     try:
         chosen.preprocessor_class(verbose=False).run_case_save(
