@@ -88,7 +88,7 @@ def _site(root: Path, name: str, algorithm: Algorithm, steps: int, rounds: int) 
     config = SiteConfig(901, "MR", local_steps=steps, optimizer=SGD, grad_clip=12.0, val_batches=1, val_every=10**6)
     site = Site("bench", config, algorithm, root / "sites" / name)
     planner = FederatedPlanner(PLANNING, seed=0)
-    introduction = Message({"job": "bench", "seed": 0, "planning": PLANNING})
+    introduction = Message({"job": "bench", "seed": 0, "planning": PLANNING, "privacy": {}, "num_sites": 1})
     answer = site.handle(Task.FINGERPRINT, introduction)
     fingerprints, modalities = {"bench": answer.meta["fingerprint"]}, {"bench": answer.meta["modality"]}
     plans = planner.plan(fingerprints, {})

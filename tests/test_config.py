@@ -31,7 +31,7 @@ BAD_SITE = [
     ("num_processes", 0, NUMBER), ("grad_clip", 0, "above 0"), ("grad_clip", math.nan, "above 0"),
     ("mirroring", 1, "true or false"), ("score_common", None, "true or false"),
     ("num_workers", -1, "null or a whole number from 0"),
-    ("loss", "ce", "dice_ce or dice"),
+    ("loss", "ce", "dice_ce, dice, fedmunet"),
     ("mirror_axes", [3], "null or a list of array axes from 0 to 2"),
     ("mirror_axes", 0, "null or a list of array axes from 0 to 2"),
     ("device", "tpu", "auto, cpu or cuda"), ("channels", "T1", "null or a list of channel names"),
@@ -40,7 +40,7 @@ BAD_SITE = [
 BAD_OPTIMIZER = [
     ("name", "LBFGS", "AdamW, Adam or SGD"), ("lr", 0, "a number above 0"), ("lr", "0.1", "a number above 0"),
     ("weight_decay", -1e-5, ">= 0"), ("momentum", 1.0, "in [0, 1)"), ("momentum", 0.9, "0 for AdamW"),
-    ("schedule", "cosine", "constant or poly"),
+    ("schedule", "cosine", "constant, poly, exp_poly"), ("reset", 1, "true or false"),
 ]  # fmt: skip
 BAD_SERVER = [
     ("num_rounds", 0, NUMBER), ("num_rounds", True, NUMBER), ("num_rounds", 2.5, NUMBER),
@@ -98,7 +98,7 @@ def test_contributions_are_directions_only_unless_asked_for() -> None:
 
 
 def test_an_unknown_key_lists_the_known_ones() -> None:
-    known = r"known keys: \['lr', 'momentum', 'name', 'schedule', 'weight_decay'\]"
+    known = r"known keys: \['lr', 'momentum', 'name', 'reset', 'schedule', 'weight_decay'\]"
     with pytest.raises(ConfigError, match=r"^here: unknown keys \['decay', 'rate'\]; " + known):
         OptimizerConfig.from_dict({"rate": 1, "lr": 0.1, "decay": 2}, "here")
 
@@ -222,3 +222,29 @@ def test_where_a_classifier_s_classes_stand_is_one_of_three() -> None:
     assert SiteConfig.from_dict(site, "x").classes == "classes.json"
     with pytest.raises(ConfigError, match=r"classes is 'labels', expected classes\.json, classes\.csv, majority"):
         SiteConfig.from_dict(site | {"classes": "labels"}, "x")
+
+
+@pytest.mark.parametrize(
+    ("privacy", "message"),
+    [
+        (3, "privacy is 3, expected an object"),
+        ({"mode": "dp"}, "privacy: mode is 'dp'"),
+        ({"modus": "none"}, r"privacy: unknown keys \['modus'\]"),
+    ],
+)
+def test_bad_privacy_terms_are_named_with_their_place(privacy: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"here: {message}"):
+        ServerConfig.from_dict({"num_rounds": 3, "privacy": privacy}, "here")
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [({"task": "classification"}, "south classifies"), ({"num_workers": 2}, "south has num_workers 2")],
+)
+def test_sites_that_cannot_train_case_by_case_are_refused(site: dict, message: str, job_folder: Path) -> None:
+    terms = {"mode": "instance_dp", "noise_multiplier": 1, "expected_batch": 2}
+    edit(job_folder / SERVER_CONFIG, lambda config: config["workflows"][0]["args"].update(privacy=terms))
+    JobConfig.from_folder(job_folder)
+    edit(job_folder / "south_app/config/site.json", lambda config: config.update(site))
+    with pytest.raises(ConfigError, match=message):
+        JobConfig.from_folder(job_folder)

@@ -22,6 +22,7 @@ from fedcmt.json_file import read_json
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import Params, load_tensors
+from fedcmt.privacy.terms import PrivacyTerms
 
 INITIAL = {"w": torch.tensor([[1.0, 2.0, 3.0]]), "g@mr": torch.tensor([10.0, 20.0]), "g@ct": torch.tensor([30.0, 40.0])}
 
@@ -146,6 +147,7 @@ def run(
     schedule_rounds: int | None = None,
     contribution: ContributionConfig | None = None,
     cross_site: bool = False,
+    privacy: PrivacyTerms | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     config = ServerConfig(
@@ -155,6 +157,7 @@ def run(
         schedule_rounds=schedule_rounds,
         contribution=contribution or ContributionConfig(),
         cross_site=cross_site,
+        privacy=privacy or PrivacyTerms(),
     )
     federation = Federation(
         algorithm or FedAvg(), planner or GivenPlanner(), config, job=job, folder=folder, resume=resume, **more
@@ -723,3 +726,67 @@ def test_resuming_a_finished_job_keeps_its_matrix(tmp_path: Path) -> None:
     first = run(tmp_path, DirectChannel(three_sites()), cross_site=True)
     again = run(tmp_path, DirectChannel(three_sites()), cross_site=True, resume=True)
     assert again["cross_site"] == first["cross_site"]
+
+
+CENTRAL = PrivacyTerms("central_client_dp", clip=1.0, noise_multiplier=4.0, max_epsilon=2.0, noise="seeded")
+"""One round costs 0.86, two 1.26, five 2.1."""
+
+
+def test_sites_are_told_the_terms_before_they_send_anything(tmp_path: Path) -> None:
+    channel = DirectChannel(three_sites())
+    run(tmp_path, channel, privacy=CENTRAL)
+    (told,) = channel.of(Task.FINGERPRINT, "a")
+    assert PrivacyTerms.from_dict(told.meta["privacy"], "told") == CENTRAL
+    assert told.meta["num_sites"] == 3
+
+
+def test_training_ends_before_the_round_that_would_exceed_the_budget_and_the_models_are_kept(tmp_path: Path) -> None:
+    channel = DirectChannel(three_sites())
+    results = run(tmp_path, channel, rounds=9, privacy=CENTRAL)
+    trained = len(channel.of(Task.TRAIN, "a"))
+    assert 0 < trained < 9
+    assert len(channel.of(Task.FINISH, "a")) == 1
+    assert results["privacy"]["epsilon"] <= 2.0
+    assert f"round {trained + 1}" in results["privacy"]["stopped"]
+    uncovered = [entry.split(":")[0] for entry in results["privacy"]["not_covered"]]
+    assert uncovered == ["planning statistics", "case counts", "test scores"]
+
+
+def test_a_resumed_federation_goes_on_with_its_ledger(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", DirectChannel(three_sites()), rounds=3, privacy=CENTRAL)
+    run(tmp_path / "parts", DirectChannel(three_sites()), rounds=2, privacy=CENTRAL)
+    parts = run(tmp_path / "parts", DirectChannel(three_sites()), rounds=3, privacy=CENTRAL, resume=True)
+    assert parts["privacy"]["epsilon"] == whole["privacy"]["epsilon"]
+    assert all(torch.equal(stored(tmp_path / "parts")[n], t) for n, t in stored(tmp_path / "whole").items())
+
+
+def test_a_budget_without_a_single_round_ends_the_job_before_training(tmp_path: Path) -> None:
+    channel = DirectChannel(three_sites())
+    with pytest.raises(FederationError, match="not even the first round"):
+        run(tmp_path, channel, privacy=replace(CENTRAL, max_epsilon=0.1))
+    assert not channel.of(Task.TRAIN, "a")
+
+
+def test_the_published_noise_says_that_it_guarantees_nothing(tmp_path: Path) -> None:
+    terms = PrivacyTerms("compat_noise", clip=1000.0, sigma=1e-5, noise="seeded")
+    results = run(tmp_path, DirectChannel(three_sites()), privacy=terms)
+    assert results["privacy"]["epsilon"] is None
+    assert results["privacy"]["statement"] == "no formal guarantee"
+    # Uniform weights: the mean step of w is (1 + 2 + 4) / 3, and sigma hardly shows.
+    assert torch.allclose(stored(tmp_path)["w"], INITIAL["w"] + 7 / 3, atol=1e-3)
+    assert not torch.equal(stored(tmp_path)["w"], INITIAL["w"] + 7 / 3)
+
+
+def test_scores_of_single_sites_are_refused_where_sites_are_covered(tmp_path: Path) -> None:
+    channel = DirectChannel(three_sites())
+    with pytest.raises(FederationError, match="single sites' models, which central_client_dp does"):
+        run(tmp_path, channel, privacy=CENTRAL, cross_site=True)
+    assert not channel.sent
+
+
+def test_directions_of_single_updates_are_not_logged_where_sites_are_covered(tmp_path: Path) -> None:
+    results = run(tmp_path, DirectChannel(three_sites()), privacy=CENTRAL)
+    row = json.loads((tmp_path / "rounds.jsonl").read_text())
+    assert row["cosines"] in ({}, [])
+    assert row["contribution"] == {}
+    assert not any(results["contribution"].values())

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fedcmt.federation import Federation
 from fedcmt.inprocess import InProcessChannel
 from fedcmt.messages import Message, Task
 from fedcmt.nnunet.planner import FederatedPlanner
-from fedcmt.params import ParameterError, Params, load_tensors
+from fedcmt.params import ParameterError, Params, load_tensors, norm
 from fedcmt.privacy.egress import PersonalTensorError
 from fedcmt.session import Aborted, DivergedError
 from fedcmt.site import Site
@@ -67,11 +68,13 @@ def prepared(
     config: SiteConfig = CONFIG,
     num_rounds: int = 2,
     schedule_rounds: int = 2,
+    privacy: dict[str, Any] | None = None,
 ) -> tuple[Site, Params]:
     """A site ready to train, and the payload of round 0."""
     site = Site(name, config, algorithm, folder)
     planner = FederatedPlanner(PLANNING, seed=5)
-    answer = site.handle(Task.FINGERPRINT, Message({"job": "job", "seed": 5, "planning": PLANNING}))
+    introduction = {"job": "job", "seed": 5, "planning": PLANNING, "privacy": privacy or {}, "num_sites": 2}
+    answer = site.handle(Task.FINGERPRINT, Message(introduction))
     fingerprints = {name: answer.meta["fingerprint"]}
     plans = planner.plan(fingerprints, {})
     rounds = {"num_rounds": num_rounds, "schedule_rounds": schedule_rounds}
@@ -366,3 +369,36 @@ def test_scoring_each_other_s_models_lets_nothing_personal_leave(folders: Path) 
         assert tasks == ["fingerprint", "prepare", "train", *["evaluate"] * 6, "finish"]
         assert not any(tensor.startswith("decoder.") for row in rows for tensor in row["tensors"])
         assert not any(row["tensors"] for row in rows if row["task"] == "evaluate")
+
+
+def test_a_site_that_is_covered_sends_a_clipped_update_and_no_metrics(folders: Path) -> None:
+    privacy = {"mode": "central_client_dp", "clip": 0.01, "noise_multiplier": 1.0}
+    site, payload = prepared(folders / "site", FedAvg(), privacy=privacy)
+    told: list[str] = []
+    site._report = lambda tag, value, step: told.append(tag)
+    answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
+    assert norm(answer.tensors) == pytest.approx(0.01, rel=1e-5)
+    assert answer.meta["metrics"] == {}
+    assert told == ["learning_rate"]
+
+
+def test_under_the_published_noise_no_step_leaves_the_ball(folders: Path) -> None:
+    terms = {"mode": "compat_noise", "clip": 0.02, "sigma": 0.0}
+    site, payload = prepared(folders / "site", FedAvg(), privacy=terms)
+    answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
+    assert 0 < norm(answer.tensors) <= 0.02 * (1 + 1e-5)
+    assert "loss" in answer.meta["metrics"]
+
+
+def test_a_site_forgets_its_optimizers_state_where_it_is_told_to(folders: Path) -> None:
+    kept, payload = prepared(folders / "kept", FedAvg())
+    reset = replace(CONFIG, optimizer=replace(CONFIG.optimizer, reset=True))
+    forgets, _ = prepared(folders / "forgets", FedAvg(), config=reset)
+    updates = []
+    for site in (kept, forgets):
+        for round_idx in range(2):
+            answer = site.handle(Task.TRAIN, Message({"round": round_idx, "frozen": []}, payload))
+            updates.append(answer.tensors)
+    first_kept, second_kept, first_forgets, second_forgets = updates
+    assert all(torch.equal(first_kept[name], first_forgets[name]) for name in first_kept)
+    assert not all(torch.equal(second_kept[name], second_forgets[name]) for name in second_kept)

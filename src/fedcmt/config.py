@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 from fedcmt.algorithms.base import Algorithm
 from fedcmt.data.classes import SOURCES
 from fedcmt.json_file import read_json
+from fedcmt.privacy.terms import PrivacyTerms
 from fedcmt.settings import is_int, is_number, require
 
 SERVER_CONFIG = Path("server/config/config_fed_server.json")
@@ -54,8 +55,11 @@ class OptimizerConfig:
     """As torch.optim defines it for the class; >= 0."""
     momentum: float = 0.0
     """SGD only; above 0 with Nesterov, as nnU-Net trains (0.99)."""
-    schedule: Literal["constant", "poly"] = "constant"
-    """``poly`` is nnU-Net's (1 - step / all steps)^0.9 over all rounds."""
+    schedule: Literal["constant", "poly", "exp_poly"] = "constant"
+    """``poly`` is nnU-Net's (1 - step / all steps)^0.9 over all rounds; ``exp_poly`` times exp(-0.015 round), as
+    Fed-MUnet trains."""
+    reset: bool = False
+    """Forget momentum and moments at the start of each round."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -80,7 +84,9 @@ class OptimizerConfig:
         _require(
             config.momentum == 0 or config.name == "SGD", where, "momentum", config.momentum, f"0 for {config.name}"
         )
-        _require(config.schedule in ("constant", "poly"), where, "schedule", config.schedule, "constant or poly")
+        schedules = ("constant", "poly", "exp_poly")
+        _require(config.schedule in schedules, where, "schedule", config.schedule, ", ".join(schedules))
+        _require(isinstance(config.reset, bool), where, "reset", config.reset, "true or false")
         return config
 
 
@@ -104,8 +110,9 @@ class SiteConfig:
     local_steps: int = 250
     """Optimiser steps per round."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loss: Literal["dice_ce", "dice"] = "dice_ce"
-    """Segmentation only: nnU-Net's soft Dice and cross-entropy, or 1 - soft Dice alone."""
+    loss: Literal["dice_ce", "dice", "fedmunet"] = "dice_ce"
+    """Segmentation only: nnU-Net's soft Dice and cross-entropy, 1 - soft Dice alone, or the loss that Fed-MUnet was
+    published with (labels only, no regions)."""
     grad_clip: float = 1.0
     """Gradients are scaled down to this 2-norm; nnU-Net itself uses 12."""
     val_every: int = 1
@@ -154,7 +161,8 @@ class SiteConfig:
         )
         _require(config.task in TASKS, where, "task", config.task, " or ".join(TASKS))
         _require(config.classes in SOURCES, where, "classes", config.classes, ", ".join(SOURCES))
-        _require(config.loss in ("dice_ce", "dice"), where, "loss", config.loss, "dice_ce or dice")
+        losses = ("dice_ce", "dice", "fedmunet")
+        _require(config.loss in losses, where, "loss", config.loss, ", ".join(losses))
         loss_ok = config.loss == "dice_ce" or config.task == "segmentation"
         _require(loss_ok, where, "loss", config.loss, "dice_ce, which leaves it to the task, at a site that classifies")
         fold_ok = config.fold == "all" or (is_int(config.fold) and 0 <= config.fold <= 4)
@@ -239,6 +247,8 @@ class ServerConfig:
     """Measures what each site's updates are worth."""
     cross_site: bool = False
     """In the last round, score each site's model at every other site, which receives it for that."""
+    privacy: PrivacyTerms = field(default_factory=PrivacyTerms)
+    """Clipping, noise and the budget of epsilon; see docs/privacy.md."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -251,7 +261,7 @@ class ServerConfig:
         given = values.get("contribution", {})
         _require(isinstance(given, Mapping), where, "contribution", given, "an object")
         contribution = ContributionConfig.from_dict(given, f"{where}: contribution")
-        config = _build(cls, {**values, "contribution": contribution}, where)
+        config = _build(cls, {**values, "contribution": contribution, "privacy": _privacy(values, where)}, where)
         _require(
             is_int(config.num_rounds) and config.num_rounds >= 1,
             where,
@@ -287,6 +297,15 @@ class ServerConfig:
             f"at most num_rounds, {config.num_rounds}",
         )
         return config
+
+
+def _privacy(values: Mapping[str, Any], where: str) -> PrivacyTerms:
+    given = values.get("privacy", {})
+    _require(isinstance(given, Mapping), where, "privacy", given, "an object")
+    try:
+        return PrivacyTerms.from_dict(given, f"{where}: privacy")
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -331,7 +350,22 @@ class JobConfig:
         config = ServerConfig.from_dict(workflow_args(server, server_file), str(server_file))
         if config.min_sites is not None and config.min_sites > len(sites):
             raise ConfigError(f"{server_file}: min_sites is {config.min_sites}, the job has {len(sites)} sites")
+        _check_privacy(config.privacy, sites, server_file)
         return cls(folder, meta["name"], config, algorithm, sites)
+
+
+def _check_privacy(terms: PrivacyTerms, sites: Mapping[str, SiteConfig], where: Path) -> None:
+    """Refuse what `instance_dp` has no training for."""
+    if terms.mode != "instance_dp":
+        return
+    for name, site in sites.items():
+        if site.task != "segmentation":
+            raise ConfigError(f"{where}: privacy: instance_dp is for sites that segment, {name} classifies")
+        if site.num_workers:
+            raise ConfigError(
+                f"{where}: privacy: instance_dp draws each step's cases in the site's own process; {name} has "
+                f"num_workers {site.num_workers}, expected null or 0"
+            )
 
 
 def site_apps(folder: Path) -> dict[str, str]:

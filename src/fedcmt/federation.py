@@ -20,6 +20,8 @@ from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import Scope, ScopeRules
 from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors
+from fedcmt.privacy.ledger import BudgetExceeded
+from fedcmt.privacy.server_half import ServerPrivacy, check_update
 from fedcmt.randomness import derive_seed
 from fedcmt.scoring import Assessment, SiteScores, play_turn
 from fedcmt.settings import is_int
@@ -86,6 +88,7 @@ class Federation:
         self._folder = folder
         self._resume = resume
         self._on_round = on_round
+        self._privacy: ServerPrivacy
 
     def run(self, channel: Channel, sites: Sequence[str]) -> dict[str, Any]:
         """Run the whole job and return its results: what the final table shows.
@@ -96,8 +99,17 @@ class Federation:
         started = time.monotonic()
         sites = sorted(sites)
         check_scoring(self._algorithm, self._config, sites)
+        self._privacy = ServerPrivacy(
+            self._config.privacy,
+            self._algorithm,
+            self._folder,
+            seed=self._config.seed,
+            num_sites=len(sites),
+            resume=self._resume,
+        )
         stored = self._load_state("state") if self._resume else None
-        introductions = self._ask_all(channel, Task.FINGERPRINT, {s: self._introduction() for s in sites})
+        introductions = self._ask_all(channel, Task.FINGERPRINT, {s: self._introduction(len(sites)) for s in sites})
+        self._privacy.note("planning statistics", "counts and moments of images; see docs/privacy.md")
         fingerprints = {s: answer.meta["fingerprint"] for s, answer in introductions.items()}
         modalities = {s: answer.meta["modality"] for s, answer in introductions.items()}
         plans = self._plan(fingerprints)
@@ -106,9 +118,14 @@ class Federation:
         state, first_round = self._first_state(stored, plans, fingerprints, participants, schedule_rounds)
         best = (-math.inf, None) if stored is None else tuple(stored[1]["best"])
         tally, crossed = ({}, {}) if stored is None else (stored[1]["contribution"], stored[1]["crossed"])
+        stopped = None
         for round_idx in range(first_round, self._config.num_rounds):
             received = state
-            state, updates, assessment = self._round(channel, round_idx, received, participants)
+            try:
+                state, updates, assessment = self._round(channel, round_idx, received, participants)
+            except BudgetExceeded as refusal:
+                stopped = self._stop_early(round_idx, refusal)
+                break
             best = self._keep_best(best, round_idx, received, updates)
             meta = {"round": round_idx, "best": best, "sites": sites, "schedule_rounds": schedule_rounds}
             tally, crossed = add_round(tally, assessment.sites), assessment.crossed()
@@ -125,10 +142,23 @@ class Federation:
             "failed": failed,
             "contribution": summarise(tally),
             **crossed,
+            **({"privacy": told} if (told := self._privacy.summary(stopped)) else {}),
         }
 
-    def _introduction(self) -> Message:
-        return Message({"job": self._job, "seed": self._config.seed, "planning": self._config.planning})
+    def _introduction(self, num_sites: int) -> Message:
+        meta = {"job": self._job, "seed": self._config.seed, "planning": self._config.planning}
+        return Message({**meta, "privacy": self._config.privacy.to_dict(), "num_sites": num_sites})
+
+    def _stop_early(self, round_idx: int, refusal: BudgetExceeded) -> str:
+        """End training before a round that the privacy budget does not allow, and keep what there is.
+
+        Raises:
+          FederationError: If no round could be afforded at all.
+        """
+        if round_idx == 0:
+            raise FederationError(f"privacy: not even the first round is allowed. {refusal}") from refusal
+        logger.warning("training ends after round %d of %d: %s", round_idx, self._config.num_rounds, refusal)
+        return str(refusal)
 
     def _plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
         """Plans of every site; those of a run that is resumed stay, whoever has joined or left."""
@@ -150,6 +180,9 @@ class Federation:
         requests = {site: Message({"plans": plan, **rounds, "resume": self._resume}) for site, plan in plans.items()}
         answers = self._ask_all(channel, Task.PREPARE, requests)
         participants = [_read_participant(site, modalities[site], a) for site, a in sorted(answers.items())]
+        for site, answer in sorted(answers.items()):
+            self._privacy.introduce(site, answer.meta.get("sampling"))
+        self._privacy.note("case counts", "number of training cases of each site")
         _warn_of_lonely_channels(participants)
         return participants
 
@@ -214,12 +247,15 @@ class Federation:
         all_updates: dict[str, Update] = {}
         all_failures: dict[str, str] = {}
         assessment = Assessment()
+        self._privacy.open_round(round_idx, participants)
         for turn in self._algorithm.turns(round_idx, participants):
             # On disk, so that memory does not grow with the number of sites.
             with SpooledUpdates(self._folder / "uploads") as spool:
                 updates, failures = self._turn(channel, round_idx, state, turn, spool)
                 if updates:
-                    received, state = state, self._algorithm.aggregate(state, updates)
+                    frozen = {site.name: self._algorithm.payload(state, site).frozen for site in turn}
+                    protected = self._privacy.protect(updates, turn, frozen, round_idx)
+                    received, state = state, self._algorithm.aggregate(state, protected)
                     self._assess(channel, round_idx, received, turn, updates, assessment)
             all_updates.update({site: replace(update, delta={}, extras={}) for site, update in updates.items()})
             all_failures.update(failures)
@@ -241,7 +277,9 @@ class Federation:
         updates: Mapping[str, Update],
         assessment: Assessment,
     ) -> None:
-        """Add what a turn's updates say, while they can be read."""
+        """Add what a turn's updates say, while they can be read; nothing where single updates are to be covered."""
+        if self._config.privacy.clips_updates:
+            return
         assessment.add_directions(updates)
         config = self._config.contribution
         plays = config.tier > 0 and (round_idx + 1) % config.every == 0
@@ -276,7 +314,8 @@ class Federation:
                 failures[site.name] = answer.reason
                 continue
             try:
-                updates[site.name] = _read_update(answer, site, requests[site.name])
+                update = _read_update(answer, site, requests[site.name])
+                updates[site.name] = check_update(self._privacy, site.name, update)
             except ParameterError as error:
                 failures[site.name] = str(error)
                 logger.warning("round %d: %s; its update is left out", round_idx + 1, error)
@@ -291,6 +330,7 @@ class Federation:
             payload = self._algorithm.payload(state, site) if self._algorithm.product == "received" else None
             requests[site.name] = Message({}, payload.tensors, payload.extras) if payload else Message({})
         answers = channel.exchange(Task.FINISH, requests)
+        self._privacy.note("test scores", "means over each site's test cases and whole validation cases")
         failed = {site: a.reason for site, a in sorted(answers.items()) if isinstance(a, Failure)}
         if len(answers) - len(failed) < self._least(participants):
             raise FederationError(f"task 'finish' failed; the models of the last round are kept. {_describe(failed)}")
@@ -368,13 +408,19 @@ def check_scoring(algorithm: Algorithm, config: ServerConfig, sites: Collection[
     """Refuse, before anything is asked of a site, to score what cannot be.
 
     Raises:
-      FederationError: If there are too many coalitions, or the sites exchange nothing.
+      FederationError: If there are too many coalitions, the sites exchange nothing, or scores of single sites' models
+        would escape the job's privacy.
     """
     tier = config.contribution.tier
     if tier == 2 and len(sites) > MOST_EXACT:
         raise FederationError(
             f"server.contribution: tier 2 scores 2^{len(sites)} models a round, at most {MOST_EXACT} sites are taken; "
             "use tier 3"
+        )
+    if (tier > 0 or config.cross_site) and config.privacy.formal:
+        raise FederationError(
+            f"server.contribution and server.cross_site score single sites' models, which {config.privacy.mode} does "
+            "not cover. Leave them out, or run without server.privacy."
         )
     if (tier > 0 or config.cross_site) and all(scope is Scope.PERSONAL for _, scope in algorithm.scopes.rules):
         name = type(algorithm).__name__

@@ -27,6 +27,7 @@ from fedcmt.job_folder import Override, add_site, apply_overrides, cohort_of, re
 from fedcmt.json_file import read_json, write_json
 from fedcmt.logs import LAUNCHER_PREFIX
 from fedcmt.models.scopes import ALL_PERSONAL
+from fedcmt.privacy.server_half import check_algorithm
 from fedcmt.workspace import GPUS_VARIABLE, RESUME_VARIABLE, THREADS_VARIABLE, WORKSPACE_VARIABLE, environment
 
 _SOURCES = Path(__file__).resolve().parents[1]
@@ -158,6 +159,7 @@ def _check_before_anything_runs(job: JobConfig) -> None:
     Raises:
       ConfigError: If sites keep plans of their own and the algorithm cannot average networks that differ.
       FederationError: If the job asks for scores that cannot be had.
+      ValueError: If the algorithm would break the job's privacy.
     """
     # nnU-Net takes seconds to import: only once all else is well.
     from fedcmt.nnunet.planning_options import PlanningOptions
@@ -165,6 +167,7 @@ def _check_before_anything_runs(job: JobConfig) -> None:
     algorithm = build_algorithm(job.algorithm)
     options = PlanningOptions.from_dict(job.server.planning)
     check_scoring(algorithm, job.server, job.sites)
+    check_algorithm(job.server.privacy, algorithm)
     if options.mode == "own" and not (algorithm.scopes.by_shape or algorithm.scopes == ALL_PERSONAL):
         raise ConfigError(
             f"job {job.name!r}: planning.mode is 'own', so sites' networks differ in shapes, and "
@@ -178,7 +181,8 @@ def _check_unchanged(before: ServerConfig, now: ServerConfig) -> None:
 
     def fixed(server: ServerConfig) -> dict[str, Any]:
         planning = {f"planning.{key}": v for key, v in server.planning.items() if key not in _OF_NEWCOMERS}
-        return {**planning, "seed": server.seed, "schedule_rounds": server.schedule_rounds}
+        privacy = {f"privacy.{key}": v for key, v in server.privacy.to_dict().items()}
+        return {**planning, **privacy, "seed": server.seed, "schedule_rounds": server.schedule_rounds}
 
     old, new = fixed(before), fixed(now)
     if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):

@@ -23,6 +23,9 @@ from fedcmt.nnunet.paths import nnunet_paths
 from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, LossHook, SiteTrainer, build_trainer
 from fedcmt.params import Params, copy_into, delta, load_tensors, save_tensors, shapes, snapshot
+from fedcmt.privacy.server_half import noise_source
+from fedcmt.privacy.site_half import SitePrivacy
+from fedcmt.privacy.terms import PrivacyTerms
 from fedcmt.progress import Progress
 from fedcmt.randomness import RandomStream, derive_seed
 from fedcmt.whole_cases import WholeCases, site_device
@@ -57,6 +60,8 @@ class Prepared:
       seed: The job's.
       num_rounds: The job's.
       schedule_rounds: Rounds over which the learning rate decays and distillation ramps up.
+      privacy: The job's, as `fedcmt.privacy.terms.PrivacyTerms.to_dict` gives it.
+      num_sites: Sites of the job.
     """
 
     plans: dict[str, Any]
@@ -65,6 +70,8 @@ class Prepared:
     seed: int
     num_rounds: int
     schedule_rounds: int
+    privacy: dict[str, Any]
+    num_sites: int
 
 
 class Session:
@@ -83,6 +90,7 @@ class Session:
         self._classes = None
         if config.task == "classification":
             self._classes = read_classes(dataset, prepared.dataset_json, config.classes)
+        terms = PrivacyTerms.from_dict(prepared.privacy, f"{folder / 'prepared.json'}: privacy")
         with nnunet_paths(results=folder / "trainer"), self._random.active():
             self.trainer = build_trainer(
                 prepared.plans,
@@ -93,10 +101,11 @@ class Session:
                 optimizer=config.optimizer,
                 grad_clip=config.grad_clip,
                 total_steps=config.local_steps * prepared.schedule_rounds,
+                steps_per_round=config.local_steps,
                 seed=derive_seed(prepared.seed, "network"),
                 mirror_axes=config.mirror_axes,
-                dice_only=config.loss == "dice",
-                make=SiteTrainer if self._classes is None else classifier_of(self._classes),
+                loss=config.loss,
+                make=self._trainer_class(terms),
             )
         names = prepared.dataset_json["channel_names"]
         self.channels = [names[str(c)] for c in range(len(names))]
@@ -107,6 +116,15 @@ class Session:
             channels=self.channels,
             input_parameters=input_parameters(self.trainer.module),
         )
+        self._privacy = SitePrivacy(
+            terms,
+            name=name,
+            folder=folder,
+            seed=prepared.seed,
+            num_sites=prepared.num_sites,
+            sampling_rate=self.trainer.sampling_rate,
+            steps=config.local_steps,
+        )
         self._teacher: Teacher | None = None
         self._best_score = -1.0
         self._scores: dict[str, float] = {}
@@ -115,6 +133,11 @@ class Session:
             logger.info("%s: continuing from %s", name, folder)
         else:
             self._save_last(-1)
+
+    def sampling(self) -> dict[str, dict[str, float | int]]:
+        """How the server is to account for a round of ``instance_dp``; empty in other modes."""
+        rate = self.trainer.sampling_rate
+        return {} if rate is None else {"sampling": {"rate": rate, "steps": self._config.local_steps}}
 
     def train_round(self, message: Message, report: Reporter, stop: Callable[[], bool]) -> Message:
         """One round: load what was received, validate it, train, validate again, keep, and return the delta.
@@ -125,6 +148,8 @@ class Session:
           ParameterError: If the payload is not what this site exchanges.
         """
         round_idx = message.meta["round"]
+        self._privacy.open_round(round_idx)
+        self.trainer.noise = noise_source(self._privacy.terms, self._prepared.seed, "site", self._name, round_idx)
         try:
             with self._random.active():
                 metrics, seconds = self._train(message, round_idx, stop)
@@ -132,20 +157,29 @@ class Session:
             self._restore()  # or half a round would stay in the personal part and in the optimiser
             raise
         self._save_last(round_idx)
-        for tag, value in {**metrics, "learning_rate": self.trainer.learning_rate}.items():
+        released = metrics if self._privacy.terms.shares_metrics else {}
+        for tag, value in {**released, "learning_rate": self.trainer.learning_rate}.items():
             report(tag, value, round_idx)
         values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("%s: round %d: %s", self._name, round_idx + 1, values)
-        meta = {"round": round_idx, "num_steps": self._config.local_steps, "metrics": metrics, "train_seconds": seconds}
+        meta = {
+            "round": round_idx,
+            "num_steps": self._config.local_steps,
+            "metrics": released,
+            "train_seconds": seconds,
+        }
         update = delta(self.partition.outgoing(snapshot(self.trainer.module)), message.tensors)
         sent = {name: tensor for name, tensor in update.items() if name not in message.meta["frozen"]}
+        sent = self._privacy.outgoing(sent, round_idx)
         return Message(meta, sent, self._algorithm.local_extras(self.trainer.module))
 
     def _train(self, message: Message, round_idx: int, stop: Callable[[], bool]) -> tuple[dict[str, float], float]:
         """Metrics of a round and the seconds its steps took."""
         received = self._receive(message)
         metrics = self._validate("received", round_idx)
-        hook, on_step = self._hook(received, message.extras, round_idx), self._on_step(round_idx, stop)
+        if self._config.optimizer.reset:
+            self.trainer.forget()
+        hook, on_step = self._hook(received, message.extras, round_idx), self._on_step(received, round_idx, stop)
         started = time.monotonic()
         with self.trainer.frozen(self.partition.parameters_of(message.meta["frozen"])):
             loss = self.trainer.train_steps(self._config.local_steps, hook, on_step)
@@ -223,6 +257,18 @@ class Session:
             **({"common": common} if common else {}),
         }
 
+    def _trainer_class(self, terms: PrivacyTerms) -> Callable[..., SiteTrainer]:
+        """The trainer of the site's task, or of ``instance_dp``."""
+        if terms.mode != "instance_dp":
+            return SiteTrainer if self._classes is None else classifier_of(self._classes)
+        # Only here, as Opacus sets up the root logger when it is imported.
+        from fedcmt.nnunet.private_trainer import InstancePrivacy, private_trainer_of
+
+        assert terms.noise_multiplier is not None
+        assert terms.expected_batch is not None
+        noise = noise_source(terms, self._prepared.seed, "site", self._name)  # each round brings its own
+        return private_trainer_of(InstancePrivacy(terms.clip, terms.noise_multiplier, terms.expected_batch, noise))
+
     def _receive(self, message: Message) -> Params:
         """Copy a payload into the network; returns it by parameter name on the network's device."""
         tensors = self.partition.incoming(message.tensors)
@@ -278,12 +324,14 @@ class Session:
             save_tensors(self._folder / _BEST, snapshot(self.trainer.module), {"round": round_idx, "val_score": score})
         return {f"val_{self.trainer.score}_{which}": score}
 
-    def _on_step(self, round_idx: int, stop: Callable[[], bool]) -> Callable[[int, float], None]:
+    def _on_step(self, received: Params, round_idx: int, stop: Callable[[], bool]) -> Callable[[int, float], None]:
+        exchanged = {name: p for name, p in self.trainer.module.named_parameters() if name in received}
         progress = Progress(f"{self._name}: round {round_idx + 1}/{self._prepared.num_rounds}", logger)
 
         def on_step(step: int, loss: float) -> None:
             if stop():
                 raise Aborted(f"{self._name}: aborted in round {round_idx + 1} at step {step}")
+            self._privacy.after_step(exchanged, received)
             progress.update(step, self._config.local_steps, f"loss {loss:.4f}")
 
         return on_step

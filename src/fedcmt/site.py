@@ -23,6 +23,7 @@ from fedcmt.nnunet.planning_options import PlanningOptions
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.params import serialized_size
 from fedcmt.privacy.egress import EgressLedger
+from fedcmt.privacy.server_half import LEDGER_FILE, set_aside
 from fedcmt.progress import Progress
 from fedcmt.session import Prepared, Reporter, Session
 from fedcmt.whole_cases import site_device
@@ -127,6 +128,8 @@ class Site:
             seed=joined["seed"],
             num_rounds=message.meta["num_rounds"],
             schedule_rounds=message.meta["schedule_rounds"],
+            privacy=joined["privacy"],
+            num_sites=joined["num_sites"],
         )
         if message.meta["resume"]:
             self._check_same_data(prepared)
@@ -135,6 +138,7 @@ class Site:
         if not message.meta["resume"]:
             for stale in ("last.safetensors", "best.safetensors"):
                 (self._folder / stale).unlink(missing_ok=True)
+            set_aside(self._folder / LEDGER_FILE)
             self._bytes = dict(_NO_TRAFFIC)
         self._session = self._open(prepared)
         return Message(
@@ -142,6 +146,7 @@ class Site:
                 "channels": self._session.channels,
                 "num_cases": self._session.trainer.num_training_cases(),
                 "wire_shapes": {name: list(shape) for name, shape in self._session.partition.wire_shapes.items()},
+                **self._session.sampling(),
             }
         )
 

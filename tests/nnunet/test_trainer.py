@@ -230,7 +230,7 @@ def test_the_loss_can_be_one_minus_soft_dice(
         if isinstance(value, list):
             architecture[key] = value[: stages - 1 if "decoder" in key else stages]
     architecture["n_stages"] = stages
-    trainer = trainer_of((root, plans, dataset_json), monkeypatch, dice_only=True)
+    trainer = trainer_of((root, plans, dataset_json), monkeypatch, loss="dice")
     sizes = [(16, 16, 24), (8, 8, 12)][: stages - 1]
     target = [torch.zeros(1, 3, *size) for size in sizes]
     for level in target:
@@ -240,6 +240,13 @@ def test_the_loss_can_be_one_minus_soft_dice(
     output = (lambda levels: levels) if stages == 3 else (lambda levels: levels[0])
     assert float(trainer.task_loss(output(right), output(target))) == pytest.approx(0, abs=1e-5)
     assert float(trainer.task_loss(output(wrong), output(target))) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_published_loss_of_munet_is_refused_for_regions(
+    site: tuple[Path, dict, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DatasetError, match="labels that exclude each other; this data set has regions"):
+        trainer_of(site, monkeypatch, loss="fedmunet")
 
 
 def with_split(site: tuple[Path, dict, dict], folds: list[dict]) -> Path:

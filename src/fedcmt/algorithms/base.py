@@ -122,10 +122,12 @@ class Algorithm:
       scopes: Parameter name to shared, group or personal.
       product: The model a site ends with: ``"received"`` (the aggregate with the site's personal part) or ``"trained"``
         (the site's own model after its last local training).
+      mean_only: Whether `aggregate` looks at nothing but the mean of each tensor's updates, weighted by ``num_cases``.
     """
 
     scopes: ScopeRules
     product: ClassVar[Literal["received", "trained"]] = "received"
+    mean_only: ClassVar[bool] = False
 
     def init(self, initial: Params, sites: Sequence[Participant], num_rounds: int) -> State:
         """The state before round 0, given initial values of every wire tensor and the length of the job."""

@@ -18,6 +18,7 @@ class FedAvg(Algorithm):
     """Everything is shared; a site ends with the global model."""
 
     scopes = ALL_SHARED
+    mean_only = True
 
     def aggregate(self, state: State, updates: Mapping[str, Update]) -> State:
         """``params + sum_i p_i delta_i`` with p_i proportional to the cases of site i (Algorithm 1)."""

@@ -23,9 +23,10 @@ def results_table(results: Mapping) -> str:
     Args:
       results: What ``results.json`` holds. Read are ``job``, ``engine``, ``seed``, ``rounds``, ``seconds`` (the line
         above the tables, each optional), ``sites`` (name -> ``task``, ``bytes_sent``, ``bytes_received``, ``test``,
-        optionally ``common``) and ``centralised`` (optional, a ``test`` alone). ``test`` is what
-        `FolderScores.summary` gives of a segmentation site (``cases``, ``mean_dice`` and ``dice`` suffice),
-        ``{cases, accuracy, balanced_accuracy, auc}`` of a classification site, or None. ``common`` has the same form.
+        optionally ``common``), ``centralised`` (optional, a ``test`` alone) and ``privacy`` (optional, as
+        `ServerPrivacy.summary` gives it). ``test`` is what `FolderScores.summary` gives of a segmentation site
+        (``cases``, ``mean_dice`` and ``dice`` suffice), ``{cases, accuracy, balanced_accuracy, auc}`` of a
+        classification site, or None. ``common`` has the same form.
 
     Returns:
       Ratios with four decimals, HD95 in mm with two, traffic in MB (10^6 bytes); ``-`` where there is none. A ``mean``
@@ -42,6 +43,8 @@ def results_table(results: Mapping) -> str:
     if common:
         first, *others = _tables(common, None)
         blocks += [f"Common test set\n{first}", *others]
+    if results.get("privacy"):
+        blocks.append(_privacy_line(results["privacy"]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -57,6 +60,21 @@ def learning_line(results: Mapping) -> str:
         if "first" in patches:
             parts.append(f"{name} {patches['score']} {_number(patches['first'])} -> {_number(patches['last'])}")
     return ", ".join(parts)
+
+
+def _privacy_line(privacy: Mapping) -> str:
+    """What the training gave away, in one sentence, and what that leaves out."""
+    if "statement" in privacy:
+        return f"privacy: {privacy['mode']}, epsilon null: {privacy['statement']}"
+    line = (
+        f"privacy: {privacy['mode']}, epsilon {privacy['epsilon']:.3f} at delta {privacy['delta']:g} "
+        f"({privacy['accountant']}), protects: {privacy['protects']}"
+    )
+    if privacy["noise"] == "seeded":
+        line += "; the noise was seeded, for a simulation: no guarantee against whoever knows the seed"
+    if privacy["not_covered"]:
+        line += f"; not covered: {', '.join(entry.partition(':')[0] for entry in privacy['not_covered'])}"
+    return line + (f"\nstopped: {privacy['stopped']}" if privacy["stopped"] else "")
 
 
 def _headline(results: Mapping) -> str:

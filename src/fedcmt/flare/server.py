@@ -42,6 +42,7 @@ class FederatedRounds(Controller):
       setup_timeout: Seconds a site may take for each task before and after the rounds.
       contribution: Keys of `fedcmt.config.ContributionConfig`.
       cross_site: Whether to score each site's model at every other site in the last round.
+      privacy: Keys of `fedcmt.privacy.terms.PrivacyTerms`.
       aggregator_id: Id of the FLARE component that is the algorithm.
     """
 
@@ -56,12 +57,14 @@ class FederatedRounds(Controller):
         schedule_rounds: int | None = None,
         contribution: dict | None = None,
         cross_site: bool = False,
+        privacy: dict | None = None,
         aggregator_id: str = "aggregator",
     ) -> None:
         super().__init__()
         args = {"num_rounds": num_rounds, "planning": planning or {}, "min_sites": min_sites, "seed": seed}
         args |= {"round_timeout": round_timeout, "setup_timeout": setup_timeout}
         args |= {"schedule_rounds": schedule_rounds, "contribution": contribution or {}, "cross_site": cross_site}
+        args |= {"privacy": privacy or {}}
         self._config = ServerConfig.from_dict(args, "server workflow")
         self._aggregator_id = aggregator_id
         self._algorithm: Algorithm | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,8 +25,11 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
 from fedcmt.config import OptimizerConfig
 from fedcmt.data.checks import DatasetError
+from fedcmt.models.munet_loss import published_loss
 from fedcmt.nnunet.network import uses_deep_supervision
+from fedcmt.nnunet.schedules import ExponentialPolyLR
 from fedcmt.params import Params
+from fedcmt.privacy.noise import NoiseSource
 from fedcmt.randomness import RandomStream
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ class Batch:
     valid: Tensor | None
 
 
+LossName = Literal["dice_ce", "dice", "fedmunet"]
+
 LossHook = Callable[[Tensor, Batch], Tensor]
 """(the task's loss, batch) -> loss to minimise."""
 
@@ -58,16 +63,19 @@ class SiteTrainer(nnUNetTrainer):
 
     Attributes:
       score: What `validate` measures, in [0, 1].
+      noise: Of a trainer that protects its cases; a round's own.
       steps_done: Optimiser steps taken since the job began; the learning-rate schedule's clock.
     """
 
     score: ClassVar[str] = "dice"
+    noise: NoiseSource | None = None
     optimizer_config: OptimizerConfig
     grad_clip: float
     total_steps: int
+    steps_per_round: int
     validation_seed: int
     mirror_axes: tuple[int, ...] | None
-    dice_only: bool
+    loss_name: LossName
     steps_done: int = 0
     loss_hook: LossHook | None = None
 
@@ -97,9 +105,18 @@ class SiteTrainer(nnUNetTrainer):
         return (*others, axes)
 
     def _build_loss(self) -> nn.Module:
-        """Stock loss, without its cross-entropy where the site asks for soft Dice alone."""
+        """Stock loss, without its cross-entropy where the site asks for soft Dice alone.
+
+        Raises:
+          DatasetError: If the site asks for a loss that its labels do not allow.
+        """
         loss = super()._build_loss()
-        if self.dice_only:
+        if self.loss_name == "fedmunet" and (self.regions or self.label_manager.has_ignore_label):
+            raise DatasetError(
+                "loss 'fedmunet' is over labels that exclude each other; this data set has regions or an ignore label. "
+                "Use dice_ce."
+            )
+        if self.loss_name == "dice":
             compound = loss.loss if self.enable_deep_supervision else loss
             compound.weight_ce = 0
         return loss
@@ -129,7 +146,14 @@ class SiteTrainer(nnUNetTrainer):
         optimizer = getattr(torch.optim, config.name)(self.network.parameters(), **kwargs)
         if config.schedule == "poly":
             return optimizer, PolyLRScheduler(optimizer, config.lr, self.total_steps)
+        if config.schedule == "exp_poly":
+            return optimizer, ExponentialPolyLR(optimizer, config.lr, self.total_steps, self.steps_per_round)
         return optimizer, ConstantLR(optimizer, factor=1.0)
+
+    @property
+    def sampling_rate(self) -> float | None:
+        """Probability with which a case takes part in a step; None where steps take a fixed number of patches."""
+        return None
 
     @property
     def learning_rate(self) -> float:
@@ -153,6 +177,10 @@ class SiteTrainer(nnUNetTrainer):
             on_step(step, loss)
         self.loss_hook = None
         return float(np.mean(losses))
+
+    def forget(self) -> None:
+        """Drop the optimiser's momentum and moments."""
+        self.optimizer.state.clear()
 
     @contextlib.contextmanager
     def frozen(self, names: Collection[str]) -> Iterator[None]:
@@ -196,7 +224,10 @@ class SiteTrainer(nnUNetTrainer):
 
     def task_loss(self, output: Any, target: Any) -> Tensor:
         """The site's own loss, nnU-Net's."""
-        return 1 + self.loss(output, target) if self.dice_only else self.loss(output, target)
+        if self.loss_name == "fedmunet":
+            several = isinstance(output, list | tuple)
+            return published_loss(output, target) if several else published_loss([output], [target])
+        return 1 + self.loss(output, target) if self.loss_name == "dice" else self.loss(output, target)
 
     def logits(self, output: Any) -> Tensor:
         """The one prediction in a network's output: under deep supervision the full-resolution one."""
@@ -288,9 +319,10 @@ def build_trainer(
     optimizer: OptimizerConfig,
     grad_clip: float,
     total_steps: int,
+    steps_per_round: int | None = None,
     seed: int,
     mirror_axes: Sequence[int] | None = None,
-    dice_only: bool = False,
+    loss: LossName = "dice_ce",
     make: Callable[..., SiteTrainer] = SiteTrainer,
 ) -> SiteTrainer:
     """A started trainer with a network initialised from ``seed``.
@@ -304,9 +336,11 @@ def build_trainer(
       optimizer: Optimiser and schedule.
       grad_clip: Largest 2-norm of the gradient.
       total_steps: Local steps of the whole job, for the schedule.
+      steps_per_round: For a schedule that decays from round to round; None is all of them.
       seed: Of the network's initial values and of the validation patches.
       mirror_axes: Axes of a patch along which it may be mirrored; None is all.
-      dice_only: Whether the loss is 1 - soft Dice, in [0, 1], instead of nnU-Net's cross-entropy - soft Dice.
+      loss: "dice_ce" is nnU-Net's cross-entropy - soft Dice, "dice" 1 - soft Dice in [0, 1], and "fedmunet"
+        `fedcmt.models.munet_loss.published_loss`.
       make: Gives the trainer, not yet started, from nnU-Net's arguments.
     """
     # The constructor pops this key from the dict it is given (nnU-Net 2.8.1).
@@ -317,8 +351,9 @@ def build_trainer(
     trainer.optimizer_config = optimizer
     trainer.grad_clip = grad_clip
     trainer.total_steps = total_steps
+    trainer.steps_per_round = total_steps if steps_per_round is None else steps_per_round
     trainer.validation_seed = seed
-    trainer.dice_only = dice_only
+    trainer.loss_name = loss
     trainer.mirror_axes = None if mirror_axes is None else tuple(mirror_axes)
     torch.manual_seed(seed)
     trainer.start()
