@@ -762,7 +762,7 @@ def test_a_resumed_federation_goes_on_with_its_ledger(tmp_path: Path) -> None:
 
 def test_a_budget_without_a_single_round_ends_the_job_before_training(tmp_path: Path) -> None:
     channel = DirectChannel(three_sites())
-    with pytest.raises(FederationError, match="not even the first round"):
+    with pytest.raises(FederationError, match="does not allow a single round"):
         run(tmp_path, channel, privacy=replace(CENTRAL, max_epsilon=0.1))
     assert not channel.of(Task.TRAIN, "a")
 

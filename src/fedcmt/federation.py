@@ -99,17 +99,17 @@ class Federation:
         started = time.monotonic()
         sites = sorted(sites)
         check_scoring(self._algorithm, self._config, sites)
+        stored = self._load_state("state") if self._resume else None
         self._privacy = ServerPrivacy(
             self._config.privacy,
             self._algorithm,
             self._folder,
             seed=self._config.seed,
             num_sites=len(sites),
-            resume=self._resume,
+            rounds_done=0 if stored is None else stored[1]["round"] + 1,
         )
-        stored = self._load_state("state") if self._resume else None
-        introductions = self._ask_all(channel, Task.FINGERPRINT, {s: self._introduction(len(sites)) for s in sites})
         self._privacy.note("planning statistics", "counts and moments of images; see docs/privacy.md")
+        introductions = self._ask_all(channel, Task.FINGERPRINT, {s: self._introduction(len(sites)) for s in sites})
         fingerprints = {s: answer.meta["fingerprint"] for s, answer in introductions.items()}
         modalities = {s: answer.meta["modality"] for s, answer in introductions.items()}
         plans = self._plan(fingerprints)
@@ -118,13 +118,13 @@ class Federation:
         state, first_round = self._first_state(stored, plans, fingerprints, participants, schedule_rounds)
         best = (-math.inf, None) if stored is None else tuple(stored[1]["best"])
         tally, crossed = ({}, {}) if stored is None else (stored[1]["contribution"], stored[1]["crossed"])
-        stopped = None
+        stopped, rounds = None, self._config.num_rounds
         for round_idx in range(first_round, self._config.num_rounds):
             received = state
             try:
                 state, updates, assessment = self._round(channel, round_idx, received, participants)
             except BudgetExceeded as refusal:
-                stopped = self._stop_early(round_idx, refusal)
+                stopped, rounds = self._stop_early(round_idx, refusal), round_idx
                 break
             best = self._keep_best(best, round_idx, received, updates)
             meta = {"round": round_idx, "best": best, "sites": sites, "schedule_rounds": schedule_rounds}
@@ -135,7 +135,7 @@ class Federation:
         return {
             "job": self._job,
             "seed": self._config.seed,
-            "rounds": self._config.num_rounds,
+            "rounds": rounds,
             "seconds": round(time.monotonic() - started, 1),
             "best_round": best[1],
             "sites": reports,
@@ -156,7 +156,7 @@ class Federation:
           FederationError: If no round could be afforded at all.
         """
         if round_idx == 0:
-            raise FederationError(f"privacy: not even the first round is allowed. {refusal}") from refusal
+            raise FederationError(f"privacy: the budget does not allow a single round. {refusal}") from refusal
         logger.warning("training ends after round %d of %d: %s", round_idx, self._config.num_rounds, refusal)
         return str(refusal)
 
@@ -178,11 +178,11 @@ class Federation:
     ) -> list[Participant]:
         rounds = {"num_rounds": self._config.num_rounds, "schedule_rounds": schedule_rounds}
         requests = {site: Message({"plans": plan, **rounds, "resume": self._resume}) for site, plan in plans.items()}
+        self._privacy.note("case counts", "number of training cases of each site")
         answers = self._ask_all(channel, Task.PREPARE, requests)
         participants = [_read_participant(site, modalities[site], a) for site, a in sorted(answers.items())]
-        for site, answer in sorted(answers.items()):
-            self._privacy.introduce(site, answer.meta.get("sampling"))
-        self._privacy.note("case counts", "number of training cases of each site")
+        for site in participants:
+            self._privacy.admit(site, answers[site.name].meta.get("sampling"))
         _warn_of_lonely_channels(participants)
         return participants
 
@@ -248,13 +248,15 @@ class Federation:
         all_failures: dict[str, str] = {}
         assessment = Assessment()
         self._privacy.open_round(round_idx, participants)
+        if self._config.privacy.release_metrics:
+            self._privacy.note("round metrics", "each site's loss and validation scores", round_idx)
         for turn in self._algorithm.turns(round_idx, participants):
             # On disk, so that memory does not grow with the number of sites.
-            with SpooledUpdates(self._folder / "uploads") as spool:
+            with SpooledUpdates(self._folder / "uploads") as spool, SpooledUpdates(self._folder / "noisy") as noisy:
                 updates, failures = self._turn(channel, round_idx, state, turn, spool)
                 if updates:
                     frozen = {site.name: self._algorithm.payload(state, site).frozen for site in turn}
-                    protected = self._privacy.protect(updates, turn, frozen, round_idx)
+                    protected = self._privacy.protect(updates, turn, frozen, round_idx, noisy.add)
                     received, state = state, self._algorithm.aggregate(state, protected)
                     self._assess(channel, round_idx, received, turn, updates, assessment)
             all_updates.update({site: replace(update, delta={}, extras={}) for site, update in updates.items()})

@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ class Prepared:
     seed: int
     num_rounds: int
     schedule_rounds: int
-    privacy: dict[str, Any]
-    num_sites: int
+    privacy: dict[str, Any] = field(default_factory=dict)
+    num_sites: int = 1
 
 
 class Session:
@@ -123,6 +123,7 @@ class Session:
             seed=prepared.seed,
             num_sites=prepared.num_sites,
             sampling_rate=self.trainer.sampling_rate,
+            rounds_done=self._last_round() + 1,
             steps=config.local_steps,
         )
         self._teacher: Teacher | None = None
@@ -153,25 +154,28 @@ class Session:
         try:
             with self._random.active():
                 metrics, seconds = self._train(message, round_idx, stop)
+            sent = self._outgoing(message, round_idx)
         except BaseException:
             self._restore()  # or half a round would stay in the personal part and in the optimiser
             raise
         self._save_last(round_idx)
-        released = metrics if self._privacy.terms.shares_metrics else {}
+        shares_metrics = self._privacy.terms.shares_metrics
+        released = metrics if shares_metrics else {}
         for tag, value in {**released, "learning_rate": self.trainer.learning_rate}.items():
             report(tag, value, round_idx)
         values = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         logger.info("%s: round %d: %s", self._name, round_idx + 1, values)
-        meta = {
-            "round": round_idx,
-            "num_steps": self._config.local_steps,
-            "metrics": released,
-            "train_seconds": seconds,
-        }
+        meta = {"round": round_idx, "num_steps": self._config.local_steps, "metrics": released}
+        if shares_metrics:  # under `instance_dp` the time tells how many cases were drawn
+            meta["train_seconds"] = seconds
+        return Message(meta, *sent)
+
+    def _outgoing(self, message: Message, round_idx: int) -> tuple[Params, Params]:
+        """The update and the extras, as the job's privacy lets them leave."""
         update = delta(self.partition.outgoing(snapshot(self.trainer.module)), message.tensors)
         sent = {name: tensor for name, tensor in update.items() if name not in message.meta["frozen"]}
-        sent = self._privacy.outgoing(sent, round_idx)
-        return Message(meta, sent, self._algorithm.local_extras(self.trainer.module))
+        extras = self._algorithm.local_extras(self.trainer.module)
+        return self._privacy.outgoing(sent, extras, round_idx), extras
 
     def _train(self, message: Message, round_idx: int, stop: Callable[[], bool]) -> tuple[dict[str, float], float]:
         """Metrics of a round and the seconds its steps took."""
@@ -198,7 +202,9 @@ class Session:
 
         Raises:
           ParameterError: If the payload is not what this site exchanges.
+          PrivacyError: If the job's privacy does not cover scores.
         """
+        self._privacy.check_scoring()
         network, own = self.trainer.network, snapshot(self.trainer.module)
         training = network.training
         try:
@@ -251,11 +257,20 @@ class Session:
             "dataset": self._dataset.name,
             "model_folder": str(folder.relative_to(results)),
             "steps": self.trainer.steps_done,
-            "validation_patches": {"score": self.trainer.score, **self._scores},
+            "validation_patches": {"score": self.trainer.score, **self._first_and_last()},
             "validation": validation,
             "test": test,
             **({"common": common} if common else {}),
         }
+
+    def _last_round(self) -> int:
+        """0-based, of the state on disk; -1 where there is none."""
+        path = self._folder / _LAST
+        return int(load_tensors(path)[1]["round"]) if path.exists() else -1
+
+    def _first_and_last(self) -> dict[str, float]:
+        """Scores on validation patches before the first step and after the last, if the job's privacy lets them go."""
+        return dict(self._scores) if self._privacy.terms.shares_metrics else {}
 
     def _trainer_class(self, terms: PrivacyTerms) -> Callable[..., SiteTrainer]:
         """The trainer of the site's task, or of ``instance_dp``."""

@@ -209,6 +209,11 @@ class Site:
     def _loader_variables(self) -> dict[str, str]:
         """nnU-Net reads the number of its loader processes from the environment; without a GPU, none repeats a run."""
         workers = self._config.num_workers
-        if workers is None and site_device(self._config).type == "cpu":
+        if workers is None and (site_device(self._config).type == "cpu" or self._draws_cases()):
             workers = 0
         return {} if workers is None else {"nnUNet_n_proc_DA": str(workers)}
+
+    def _draws_cases(self) -> bool:
+        """Whether each step draws its cases, which loader processes would do ahead of it."""
+        joined = self._folder / "joined.json"
+        return joined.exists() and read_json(joined)["privacy"].get("mode") == "instance_dp"

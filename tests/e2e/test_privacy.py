@@ -135,7 +135,7 @@ def test_a_budget_ends_training_and_the_models_are_exported(root: Path) -> None:
     assert "round 2 would bring epsilon" in results["privacy"]["stopped"]
     assert results["privacy"]["epsilon"] <= 2.5
     assert results["sites"]["north"]["steps"] == 2
-    with pytest.raises(FederationError, match="not even the first round"):
+    with pytest.raises(FederationError, match="does not allow a single round"):
         run(root, "no_budget", PrivacyTerms(**{**terms.to_dict(), "max_epsilon": 0.5}))
 
 

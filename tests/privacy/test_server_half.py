@@ -16,8 +16,9 @@ from fedcmt.algorithms.fedhca2 import FedHCA2
 from fedcmt.algorithms.fedopt import FedOpt
 from fedcmt.algorithms.fedper import FedPer
 from fedcmt.algorithms.fedprox import FedProx
+from fedcmt.algorithms.standalone import Standalone
 from fedcmt.params import ParameterError
-from fedcmt.privacy.ledger import BudgetExceeded
+from fedcmt.privacy.ledger import BudgetExceeded, LedgerError
 from fedcmt.privacy.server_half import LEDGER_FILE, ServerPrivacy, check_algorithm, check_update
 from fedcmt.privacy.terms import PrivacyTerms
 
@@ -121,7 +122,7 @@ def test_t9_round_44_is_allowed_and_round_45_refused_also_after_a_restart(tmp_pa
     for round_idx in range(20):
         before.open_round(round_idx, [])
     terms = PrivacyTerms.from_dict(values, "privacy")
-    after = ServerPrivacy(terms, FedAvg(), tmp_path, seed=7, num_sites=2, resume=True)
+    after = ServerPrivacy(terms, FedAvg(), tmp_path, seed=7, num_sites=2, rounds_done=20)
     for round_idx in range(20, 44):
         after.open_round(round_idx, [])
     told = after.summary(None)
@@ -137,6 +138,43 @@ def test_a_new_federation_sets_the_older_ledger_aside(tmp_path: Path) -> None:
     spent = (tmp_path / LEDGER_FILE).read_text()
     privacy(tmp_path, {**CENTRAL, "delta": 1e-3}).open_round(0, [])
     assert (tmp_path / "privacy_earlier_1.jsonl").read_text() == spent
+
+
+def test_a_state_that_is_ahead_of_its_ledger_is_refused(tmp_path: Path) -> None:
+    privacy(tmp_path, CENTRAL).open_round(0, [])
+    terms = PrivacyTerms.from_dict(CENTRAL, "privacy")
+    with pytest.raises(LedgerError, match="no line of round 2"):
+        ServerPrivacy(terms, FedAvg(), tmp_path, seed=7, num_sites=2, rounds_done=2)
+
+
+def test_noise_that_turns_out_to_be_missing_is_counted_above_the_budget_too(tmp_path: Path) -> None:
+    server = privacy(tmp_path, {**DISTRIBUTED, "noise_multiplier": 4.0, "max_epsilon": 1.2})
+    server.open_round(0, [])
+    with pytest.raises(BudgetExceeded, match="has brought epsilon to"):
+        server.protect({"x": update(0, 0)}, [site("x"), site("y")], {}, 0)
+    told = server.summary("stopped")
+    assert told is not None
+    assert told["epsilon"] > 1.2
+
+
+def test_sites_must_exchange_the_same_tensors_for_their_noise_to_add_up(tmp_path: Path) -> None:
+    server = privacy(tmp_path, DISTRIBUTED)
+    server.admit(site("x"), None)
+    with pytest.raises(ValueError, match="site 'y': exchanges other tensors"):
+        server.admit(site("y", {"a": (1,)}), None)
+
+
+def test_what_is_protected_goes_where_it_is_told_to(tmp_path: Path) -> None:
+    kept: dict[str, object] = {}
+    members = [site("x"), site("y")]
+    seen = privacy(tmp_path, CENTRAL).protect({"x": update(1, 0)}, members, {}, 0, lambda s, t: kept.setdefault(s, t))
+    assert {name: u.delta for name, u in seen.items()} == kept
+
+
+@pytest.mark.parametrize("algorithm", [Standalone(), FedPer("all")])
+def test_covering_what_is_not_sent_is_refused(algorithm: Algorithm) -> None:
+    with pytest.raises(ValueError, match="they send nothing"):
+        check_algorithm(PrivacyTerms.from_dict(CENTRAL, "privacy"), algorithm)
 
 
 def test_noise_that_is_missing_with_a_site_costs_more(tmp_path: Path) -> None:
@@ -190,7 +228,7 @@ def test_the_site_that_draws_most_often_decides_epsilon(tmp_path: Path) -> None:
     def epsilon(folder: str, rates: dict[str, float]) -> float:
         server = privacy(tmp_path / folder, values)
         for name, rate in rates.items():
-            server.introduce(name, {"rate": rate, "steps": 4})
+            server.admit(site(name), {"rate": rate, "steps": 4})
         server.open_round(0, [site(name) for name in rates])
         return float(server.summary(None)["epsilon"])
 
@@ -203,7 +241,7 @@ def test_the_site_that_draws_most_often_decides_epsilon(tmp_path: Path) -> None:
 def test_a_site_must_say_how_it_draws(tmp_path: Path, sampling: dict[str, Any] | None) -> None:
     values = {"mode": "instance_dp", "noise_multiplier": 1.0, "expected_batch": 2}
     with pytest.raises(ValueError, match="site 'x': sampling"):
-        privacy(tmp_path, values).introduce("x", sampling)
+        privacy(tmp_path, values).admit(site("x"), sampling)
 
 
 def test_the_published_noise_has_no_epsilon(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fedcmt.params import norm
-from fedcmt.privacy.ledger import BudgetExceeded
-from fedcmt.privacy.site_half import SitePrivacy
+from fedcmt.privacy.ledger import BudgetExceeded, LedgerError
+from fedcmt.privacy.site_half import PrivacyError, SitePrivacy
 from fedcmt.privacy.terms import PrivacyTerms
 
 SECURE = {"mode": "distributed_client_dp", "clip": 2.0, "noise_multiplier": 0.5}
@@ -46,20 +46,20 @@ def test_only_the_published_mode_touches_single_steps(tmp_path: Path) -> None:
 
 def test_a_central_site_clips_once_over_all_tensors(tmp_path: Path) -> None:
     values = {"mode": "central_client_dp", "clip": 1.0, "noise_multiplier": 4}
-    sent = privacy(tmp_path, values).outgoing({"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0, 4.0])}, 0)
+    sent = privacy(tmp_path, values).outgoing({"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0, 4.0])}, {}, 0)
     assert sent["a"].tolist() == pytest.approx([0.6, 0])
     assert sent["b"].tolist() == pytest.approx([0, 0.8])
 
 
 def test_a_site_adds_its_share_of_the_noise(tmp_path: Path) -> None:
     """z S / sqrt(K) = 0.5 * 2 / 2 at each of four sites, so that the mean of four has z S / K."""
-    sent = privacy(tmp_path, SECURE).outgoing({"w": torch.zeros(40_000)}, 0)
+    sent = privacy(tmp_path, SECURE).outgoing({"w": torch.zeros(40_000)}, {}, 0)
     assert float(sent["w"].std()) == pytest.approx(0.5, rel=0.02)
 
 
 def test_without_privacy_the_update_is_what_it_was(tmp_path: Path) -> None:
     delta = {"w": torch.tensor([30.0])}
-    assert privacy(tmp_path, {}).outgoing(delta, 0) is delta
+    assert privacy(tmp_path, {}).outgoing(delta, {}, 0) is delta
     assert norm(delta) == 30
 
 
@@ -71,3 +71,23 @@ def test_a_site_refuses_the_round_its_own_book_does_not_allow(tmp_path: Path) ->
     with pytest.raises(BudgetExceeded):
         privacy(tmp_path, values, rate=1.0).open_round(1)
     assert (tmp_path / "privacy.jsonl").read_text() == before
+
+
+def test_a_covered_site_neither_scores_models_nor_sends_extras(tmp_path: Path) -> None:
+    site = privacy(tmp_path, SECURE)
+    with pytest.raises(PrivacyError, match="scores of models"):
+        site.check_scoring()
+    with pytest.raises(PrivacyError, match=r"\['anchor'\]"):
+        site.outgoing({"w": torch.ones(1)}, {"anchor": torch.ones(1)}, 0)
+    free = privacy(tmp_path, {})
+    free.check_scoring()
+    free.outgoing({"w": torch.ones(1)}, {"anchor": torch.ones(1)}, 0)
+
+
+def test_a_site_whose_state_is_ahead_of_its_book_is_refused(tmp_path: Path) -> None:
+    terms = PrivacyTerms.from_dict(INSTANCE, "privacy")
+    more: dict[str, Any] = {"name": "x", "seed": 3, "num_sites": 2, "sampling_rate": 0.5, "steps": 5}
+    SitePrivacy(terms, folder=tmp_path, **more).open_round(3)
+    SitePrivacy(terms, folder=tmp_path, rounds_done=4, **more)
+    with pytest.raises(LedgerError, match="no line of round 5"):
+        SitePrivacy(terms, folder=tmp_path, rounds_done=5, **more)

@@ -6,7 +6,7 @@ towards epsilon. One without is only written down, and no epsilon speaks for it.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class PrivacyLedger:
         self._accountant = accountant
         self._spent: list[tuple[str | None, Release]] = []
         self._uncovered: list[str] = []
+        self._rounds: set[int] = set()
         terms = {"delta": delta, "max_epsilon": max_epsilon, "accountant": accountant}
         if path.exists():
             self._read(terms)
@@ -116,10 +117,44 @@ class PrivacyLedger:
         """
         after = self.afford(releases, round_idx=round_idx, site=site)
         self._spent += [(site, release) for release in releases]
+        if round_idx is not None:
+            self._rounds.add(round_idx)
         self._append(
             [_row(kind, round_idx, site=site, protects=protects, release=r, epsilon_after=after) for r in releases]
         )
         return after
+
+    def record(self, kind: str, releases: Sequence[Release], round_idx: int | None, protects: str) -> float:
+        """Take down releases that have been made already, whatever the budget says.
+
+        Args and returns are those of `spend`.
+
+        Raises:
+          BudgetExceeded: If they are above the budget; they are written all the same.
+        """
+        after = self._after(releases, None)
+        self._spent += [(None, release) for release in releases]
+        self._append(
+            [_row(kind, round_idx, site=None, protects=protects, release=r, epsilon_after=after) for r in releases]
+        )
+        if self._max_epsilon is not None and after > self._max_epsilon:
+            raise BudgetExceeded(
+                f"{kind} (round {(round_idx or 0) + 1}) has brought epsilon to {after:.3f} at delta {self._delta:g}, "
+                f"above the budget max_epsilon {self._max_epsilon:g}."
+            )
+        return after
+
+    def check_rounds(self, rounds: Collection[int]) -> None:
+        """Refuse to go on from a state that is ahead of this ledger.
+
+        Raises:
+          LedgerError: If a finished round has no covered line.
+        """
+        if missing := sorted(set(rounds) - self._rounds):
+            raise LedgerError(
+                f"{self.path}: has no line of round {missing[0] + 1}, which was made. Restore the ledger; without it "
+                "what was spent is unknown."
+            )
 
     def note(self, kind: str, round_idx: int | None, detail: str, *, site: str | None = None) -> None:
         """Write down a release without noise, which epsilon does not cover.
@@ -202,6 +237,8 @@ class PrivacyLedger:
         except ValueError as error:
             raise self._damaged(number, str(error)) from error
         self._spent.append((row["site"], release))
+        if row["round"] is not None:
+            self._rounds.add(row["round"])
 
     def _damaged(self, number: int, reason: str) -> LedgerError:
         return LedgerError(

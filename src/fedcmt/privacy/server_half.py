@@ -7,7 +7,7 @@ algorithm does with it. An algorithm that looks at single updates gets each with
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fedcmt.algorithms.base import Algorithm, Participant, Update
-from fedcmt.params import ParameterError
+from fedcmt.models.scopes import Scope
+from fedcmt.params import ParameterError, Params
 from fedcmt.privacy.accounting import Release
 from fedcmt.privacy.clipping import clip_flat, flat_norm
 from fedcmt.privacy.ledger import PrivacyLedger
@@ -50,10 +51,10 @@ class ServerPrivacy:
       folder: Of the server's state; the ledger is there.
       seed: The job's, for noise that is "seeded".
       num_sites: K, sites of the job.
-      resume: Go on with the ledger that is there; a new federation sets it aside.
+      rounds_done: Of a federation that is resumed, which goes on with its ledger; a new one sets an older one aside.
 
     Raises:
-      ValueError: If the algorithm cannot keep these terms, or an older ledger has other terms.
+      ValueError: If the algorithm cannot keep these terms, or the ledger has other terms or lacks a round.
     """
 
     def __init__(
@@ -64,16 +65,17 @@ class ServerPrivacy:
         *,
         seed: int,
         num_sites: int,
-        resume: bool = False,
+        rounds_done: int = 0,
     ) -> None:
         check_algorithm(terms, algorithm)
-        if not resume:
+        if rounds_done == 0:
             set_aside(folder / LEDGER_FILE)
         self._terms = terms
         self._mean_only = algorithm.mean_only
         self._seed = seed
         self._num_sites = num_sites
         self._samplings: dict[str, Sampling] = {}
+        self._shapes: Mapping[str, tuple[int, ...]] = {}
         self._ledger = None
         if terms.formal:
             self._ledger = PrivacyLedger(
@@ -82,19 +84,30 @@ class ServerPrivacy:
                 max_epsilon=terms.max_epsilon,
                 accountant=terms.accountant,
             )
+            self._ledger.check_rounds(range(rounds_done))
 
-    def introduce(self, site: str, sampling: Mapping[str, Any] | None) -> None:
-        """Take down how a prepared site draws cases.
+    def admit(self, site: Participant, sampling: Mapping[str, Any] | None) -> None:
+        """Take a prepared site in, with how it draws cases.
 
         Raises:
-          ValueError: If it should say so and does not, or cannot be right.
+          ValueError: If it should say so and does not, or cannot be right; or if its tensors are not all other sites',
+            under `distributed_client_dp`: a sum of fewer than K updates would have less noise than is counted.
         """
+        if self._terms.mode == "distributed_client_dp":
+            self._shapes = self._shapes or site.wire_shapes
+            if self._shapes != site.wire_shapes:
+                raise ValueError(
+                    f"site {site.name!r}: exchanges other tensors than the sites before it; distributed_client_dp "
+                    "needs every tensor to come from every site. Use central_client_dp or instance_dp."
+                )
         if self._terms.mode != "instance_dp":
             return
         rate, steps = (None, None) if sampling is None else (sampling.get("rate"), sampling.get("steps"))
         if not (isinstance(rate, float) and 0 < rate <= 1 and isinstance(steps, int) and steps >= 1):
-            raise ValueError(f"site {site!r}: sampling is {sampling!r}, expected a rate in (0, 1] and steps from 1")
-        self._samplings[site] = Sampling(rate, steps)
+            raise ValueError(
+                f"site {site.name!r}: sampling is {sampling!r}, expected a rate in (0, 1] and steps from 1"
+            )
+        self._samplings[site.name] = Sampling(rate, steps)
 
     def note(self, kind: str, detail: str, round_idx: int | None = None) -> None:
         """Take down that something without noise was released."""
@@ -136,6 +149,7 @@ class ServerPrivacy:
         turn: Sequence[Participant],
         frozen: Mapping[str, Collection[str]],
         round_idx: int,
+        keep: Callable[[str, Params], Params] = lambda site, tensors: tensors,
     ) -> dict[str, Update]:
         """The updates as the algorithm may see them.
 
@@ -147,6 +161,7 @@ class ServerPrivacy:
           turn: The sites that were asked.
           frozen: Site to the wire names it was asked to leave out.
           round_idx: 0-based.
+          keep: Where to hold what is made here, e.g. on disk.
 
         Raises:
           BudgetExceeded: If so few sites answered with their share of the noise that the round costs too much.
@@ -159,7 +174,11 @@ class ServerPrivacy:
         if self._terms.formal and self._mean_only:
             missing = [site for site in turn if site.name not in updates]
             updates = {**updates, **{site.name: _zero_update(site, frozen.get(site.name, ())) for site in missing}}
-        return {site: self._protected(site, updates, round_idx) for site in updates}
+        return {
+            site: replace(protected, delta=keep(site, protected.delta))
+            for site in updates
+            for protected in [self._protected(site, updates, round_idx)]
+        }
 
     def summary(self, stopped: str | None) -> dict[str, Any] | None:
         """What the results say; None under ``none``.
@@ -195,7 +214,7 @@ class ServerPrivacy:
         if answered == self._num_sites:
             return
         further = self._noise_multiplier / math.sqrt(self._num_sites / answered - 1)
-        self._ledger.spend("noise missing in a round", [Release(further)], round_idx, self._protects)
+        self._ledger.record("noise missing in a round", [Release(further)], round_idx, self._protects)
 
     def _protected(self, site: str, updates: Mapping[str, Update], round_idx: int) -> Update:
         """One site's update, of weight 1, bounded and with the server's share of noise."""
@@ -233,6 +252,8 @@ def check_algorithm(terms: PrivacyTerms, algorithm: Algorithm) -> None:
       ValueError: With the reason.
     """
     name = type(algorithm).__name__
+    if terms.clips_updates and all(scope is Scope.PERSONAL for _, scope in algorithm.scopes.rules):
+        raise ValueError(f"server.privacy: {terms.mode} covers what sites send, and under {name} they send nothing")
     if terms.mode == "distributed_client_dp" and not algorithm.mean_only:
         raise ValueError(
             f"server.privacy: distributed_client_dp covers the sum of all updates, and {name}'s server works on single "

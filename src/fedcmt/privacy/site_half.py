@@ -19,6 +19,10 @@ from fedcmt.privacy.server_half import LEDGER_FILE, noise_source
 from fedcmt.privacy.terms import PROTECTS, PrivacyTerms
 
 
+class PrivacyError(RuntimeError):
+    """What a site was about to send is not covered by the job's privacy."""
+
+
 class SitePrivacy:
     """What a site does about its job's privacy terms; nothing under ``none``.
 
@@ -30,6 +34,7 @@ class SitePrivacy:
       num_sites: K, sites of the job.
       sampling_rate: ``instance_dp`` only: probability with which a case takes part in a step.
       steps: Steps of a round.
+      rounds_done: Where the site's state comes from a round, that round's number from 1; its ledger must have it.
 
     Raises:
       LedgerError: If the site's ledger has other terms or is damaged.
@@ -45,6 +50,7 @@ class SitePrivacy:
         num_sites: int,
         sampling_rate: float | None,
         steps: int,
+        rounds_done: int = 0,
     ) -> None:
         self.terms = terms
         self._name = name
@@ -59,6 +65,7 @@ class SitePrivacy:
             self._ledger = PrivacyLedger(
                 folder / LEDGER_FILE, delta=terms.delta, max_epsilon=terms.max_epsilon, accountant=terms.accountant
             )
+            self._ledger.check_rounds(range(rounds_done - 1, rounds_done) if rounds_done else ())
 
     def open_round(self, round_idx: int) -> None:
         """Take a round from the site's own budget, before its first step.
@@ -84,8 +91,23 @@ class SitePrivacy:
             for name, tensor in parameters.items():
                 tensor.copy_(received[name] + moved[name] * (self.terms.clip / length))
 
-    def outgoing(self, delta: Params, round_idx: int) -> Params:
-        """The update as it may leave."""
+    def check_scoring(self) -> None:
+        """Refuse to score a model for the server.
+
+        Raises:
+          PrivacyError: If the terms have an epsilon, which no score is part of.
+        """
+        if self.terms.formal:
+            raise PrivacyError(f"site {self._name!r}: scores of models are not covered by {self.terms.mode}")
+
+    def outgoing(self, delta: Params, extras: Params, round_idx: int) -> Params:
+        """The update as it may leave.
+
+        Raises:
+          PrivacyError: If there are extras, which no noise covers, and the terms have an epsilon.
+        """
+        if self.terms.formal and extras:
+            raise PrivacyError(f"site {self._name!r}: extras {sorted(extras)[:4]} are not covered by {self.terms.mode}")
         if not self.terms.clips_updates:
             return delta
         clipped, _ = clip_flat(delta, self.terms.clip)
