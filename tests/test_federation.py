@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcmt.algorithms.base import Algorithm, Participant, State, Update
+from fedcmt.algorithms.base import Algorithm, Participant, Payload, State, Update
 from fedcmt.algorithms.fedavg import FedAvg, weighted_mean
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.algorithms.standalone import Standalone
@@ -21,7 +21,7 @@ from fedcmt.federation import Federation, FederationError
 from fedcmt.json_file import read_json
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
 from fedcmt.models.scopes import ScopeRules
-from fedcmt.params import Params, load_tensors
+from fedcmt.params import Params, load_tensors, take_rows
 from fedcmt.privacy.terms import PrivacyTerms
 
 INITIAL = {"w": torch.tensor([[1.0, 2.0, 3.0]]), "g@mr": torch.tensor([10.0, 20.0]), "g@ct": torch.tensor([30.0, 40.0])}
@@ -790,3 +790,35 @@ def test_directions_of_single_updates_are_not_logged_where_sites_are_covered(tmp
     assert row["cosines"] in ({}, [])
     assert row["contribution"] == {}
     assert not any(results["contribution"].values())
+
+
+class FirstColumnOnly(FedAvg):
+    """Of `g@mr` one of two rows travels, of `g@ct` none."""
+
+    def payload(self, state: State, site: Participant) -> Payload:
+        whole = super().payload(state, site)
+        rows = {name: (1,) if name == "g@mr" else () for name in whole.tensors if name != "w"}
+        return Payload(take_rows(whole.tensors, rows), rows=rows)
+
+    def aggregate(self, state: State, updates: Mapping[str, Update]) -> State:
+        return replace(state, record={"sent": {site: sorted(u.delta) for site, u in updates.items()}})
+
+
+def test_only_the_rows_of_a_payload_come_back(tmp_path: Path) -> None:
+    channel = DirectChannel(three_sites())
+    run(tmp_path, channel, FirstColumnOnly())
+    (train,) = channel.of(Task.TRAIN, "a")
+    assert train.meta["rows"] == {"g@mr": [1]}
+    assert train.tensors["g@mr"].tolist() == [20.0]
+    (finish,) = channel.of(Task.FINISH, "c")
+    assert finish.meta["rows"] == {"g@ct": []}
+    _, meta = load_tensors(tmp_path / "state.safetensors")
+    assert meta["record"]["sent"] == {"a": ["g@mr", "w"], "b": ["g@mr", "w"], "c": ["w"]}
+
+
+def test_an_update_with_rows_that_were_not_asked_for_is_refused(tmp_path: Path) -> None:
+    def whole(answer: Message) -> Message:
+        return replace(answer, tensors={**answer.tensors, "g@mr": torch.ones(2)})
+
+    with pytest.raises(FederationError, match=r"g@mr"):
+        run(tmp_path, DirectChannel(three_sites(), {(Task.TRAIN, "a", 0): whole}), FirstColumnOnly())

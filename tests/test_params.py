@@ -19,9 +19,11 @@ from fedcmt.params import (
     load_tensors,
     named_tensors,
     norm,
+    put_rows,
     save_tensors,
     serialized_size,
     snapshot,
+    take_rows,
 )
 
 DTYPES = (
@@ -240,3 +242,32 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(damage: str, tmp_path: Pat
 def test_a_state_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors: no such state file"):
         load_tensors(tmp_path / "gone.safetensors")
+
+
+def test_rows_are_taken_and_put_back_where_they_were() -> None:
+    tensors = {"a": torch.arange(6.0).reshape(3, 2), "b": torch.tensor([1.0, 2.0]), "c": torch.zeros(2)}
+    rows: dict[str, list[int]] = {"a": [2, 0], "c": []}
+    parts = take_rows(tensors, rows)
+    assert set(parts) == {"a", "b"}
+    assert parts["a"].tolist() == [[4, 5], [0, 1]]
+    parts["a"] += 10
+    whole = put_rows(tensors, parts, rows, where="here")
+    assert whole["a"].tolist() == [[10, 11], [2, 3], [14, 15]]
+    assert whole["b"] is parts["b"]
+    assert torch.equal(whole["c"], tensors["c"])
+    assert tensors["a"].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ({"a": [3]}, {"a": torch.zeros(1, 2)}),
+        ({"a": [-1]}, {"a": torch.zeros(1, 2)}),
+        ({"z": [0]}, {"z": torch.zeros(1, 2)}),
+        ({"a": [0]}, {"a": torch.zeros(2, 2)}),
+        ({"a": [0]}, {}),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(rows: dict[str, list[int]], parts: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ParameterError, match="here"):
+        put_rows({"a": torch.zeros(3, 2)}, parts, rows, where="here")

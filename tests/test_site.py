@@ -402,3 +402,28 @@ def test_a_site_forgets_its_optimizers_state_where_it_is_told_to(folders: Path) 
     first_kept, second_kept, first_forgets, second_forgets = updates
     assert all(torch.equal(first_kept[name], first_forgets[name]) for name in first_kept)
     assert not all(torch.equal(second_kept[name], second_forgets[name]) for name in second_kept)
+
+
+def test_rows_that_do_not_travel_stay_the_site_s_own(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedAvg())
+    site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
+    before, _ = load_tensors(folders / "site" / "last.safetensors")
+    name = next(name for name, tensor in payload.items() if tensor.dim() == 5 and len(tensor) > 2)
+    rows = {name: [2, 0]}
+    sent = {**payload, name: torch.full_like(payload[name][:2], 0.25)}
+    answer = site.handle(Task.TRAIN, Message({"round": 1, "frozen": [], "rows": rows}, sent))
+    after, _ = load_tensors(folders / "site" / "last.safetensors")
+    own = [row for row in range(len(payload[name])) if row not in (0, 2)]
+    trained = after[f"network/{name}"]
+    assert answer.tensors[name].shape == sent[name].shape
+    assert torch.allclose(answer.tensors[name], trained[[2, 0]] - 0.25, atol=1e-6)
+    moved = trained[own] - before[f"network/{name}"][own]
+    assert 0 < float(moved.abs().max()) < 0.2  # trained on from its own values, not from others'
+
+
+def test_a_tensor_of_which_no_row_travels_is_neither_received_nor_sent(folders: Path) -> None:
+    site, payload = prepared(folders / "site", FedAvg())
+    name = next(name for name, tensor in payload.items() if tensor.dim() == 5)
+    rest = {key: tensor for key, tensor in payload.items() if key != name}
+    answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": [], "rows": {name: []}}, rest))
+    assert set(answer.tensors) == set(rest)

@@ -19,7 +19,7 @@ from fedcmt.evaluation.contribution import MOST_EXACT, add_round, summarise
 from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import Scope, ScopeRules
-from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors
+from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors, shapes
 from fedcmt.privacy.ledger import BudgetExceeded
 from fedcmt.privacy.server_half import ServerPrivacy, check_update
 from fedcmt.randomness import derive_seed
@@ -305,7 +305,7 @@ class Federation:
         requests = {}
         for site in turn:
             payload = self._algorithm.payload(state, site)
-            meta = {"round": round_idx, "frozen": sorted(payload.frozen)}
+            meta = {"round": round_idx, "frozen": sorted(payload.frozen), "rows": _listed(payload.rows)}
             requests[site.name] = Message(meta, payload.tensors, payload.extras)
         answers = channel.exchange(Task.TRAIN, requests, keep)
         updates: dict[str, Update] = {}
@@ -330,7 +330,9 @@ class Federation:
         requests = {}
         for site in participants:
             payload = self._algorithm.payload(state, site) if self._algorithm.product == "received" else None
-            requests[site.name] = Message({}, payload.tensors, payload.extras) if payload else Message({})
+            requests[site.name] = (
+                Message({"rows": _listed(payload.rows)}, payload.tensors, payload.extras) if payload else Message({})
+            )
         answers = channel.exchange(Task.FINISH, requests)
         self._privacy.note("test scores", "means over each site's test cases and whole validation cases")
         failed = {site: a.reason for site, a in sorted(answers.items()) if isinstance(a, Failure)}
@@ -444,6 +446,11 @@ def _read_participant(site: str, modality: str, answer: Message) -> Participant:
     return Participant(site, modality, tuple(channels), cases, {name: tuple(shape) for name, shape in wire.items()})
 
 
+def _listed(rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """As a message's plain values."""
+    return {name: list(chosen) for name, chosen in rows.items()}
+
+
 def _read_update(answer: Message, site: Participant, request: Message) -> Update:
     """The update in a site's answer to a request.
 
@@ -461,7 +468,7 @@ def _read_update(answer: Message, site: Participant, request: Message) -> Update
         raise ParameterError(f"{where}: metrics are {metrics!r}, expected finite numbers by name")
     if beyond := {name: value for name, value in metrics.items() if name.startswith("val_") and not 0 <= value <= 1}:
         raise ParameterError(f"{where}: validation scores {beyond} are not in [0, 1]")
-    expected = {name: shape for name, shape in site.wire_shapes.items() if name not in request.meta["frozen"]}
+    expected = {name: shape for name, shape in shapes(request.tensors).items() if name not in request.meta["frozen"]}
     check_shapes(answer.tensors, expected, where=where)
     _check_types(answer.tensors, request.tensors, where)
     check_finite(answer.tensors, where=where)

@@ -8,7 +8,7 @@ old encoder.
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -64,6 +64,37 @@ def delta(trained: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> Para
     """``trained - received``; both must hold the same names and shapes."""
     check_shapes(trained, shapes(received), where="delta")
     return {name: trained[name] - received[name] for name in trained}
+
+
+def take_rows(tensors: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]]) -> Params:
+    """The chosen rows (axis 0) of each tensor; a name that is not in ``rows`` stays whole, one without a row is left
+    out."""
+    return {
+        name: tensor[list(rows[name])] if name in rows else tensor
+        for name, tensor in tensors.items()
+        if name not in rows or rows[name]
+    }
+
+
+def put_rows(
+    tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], *, where: str
+) -> Params:
+    """The inverse of `take_rows`: tensors with the chosen rows replaced, as copies; what ``parts`` has whole stays.
+
+    Raises:
+      ParameterError: If rows name an unknown tensor, lie outside of one, or do not have the form of the parts.
+    """
+    whole = dict(parts)
+    for name, chosen in rows.items():
+        if name not in tensors or any(not 0 <= row < len(tensors[name]) for row in chosen):
+            raise ParameterError(f"{where}: rows {list(chosen)[:4]} of {name}, which has no such rows")
+        expected = (len(chosen), *tensors[name].shape[1:])
+        if chosen:
+            check_shapes({name: whole.get(name, torch.empty(0))}, {name: expected}, where=where)
+        whole[name] = tensors[name].clone()
+        if chosen:
+            whole[name][list(chosen)] = parts[name].to(whole[name].dtype)
+    return whole
 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:

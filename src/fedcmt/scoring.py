@@ -93,10 +93,15 @@ class Assessment:
 def comparable(updates: Mapping[str, Update]) -> dict[str, Params]:
     """The tensors that most sites sent, of the sites that sent all of these.
 
-    As a rule these are the tensors that every site sent: group tensors travel from the sites of one modality only. A
+    As a rule these are the tensors that every site sent: group tensors travel from the sites of one modality only, and
+    tensors of which sites send different rows compare to none. A
     site that trains behind a frozen encoder has none of them and is left out; so are all, if no site sent all of them.
     """
-    senders = Counter(name for update in updates.values() for name in update.delta)
+    forms = {name: tensor.shape for update in updates.values() for name, tensor in update.delta.items()}
+    alike = {
+        name for name in forms if all(u.delta[name].shape == forms[name] for u in updates.values() if name in u.delta)
+    }
+    senders = Counter(name for update in updates.values() for name in update.delta if name in alike)
     names = [name for name, count in sorted(senders.items()) if count == max(senders.values())]
     members = {site: u for site, u in updates.items() if names and all(name in u.delta for name in names)}
     return {site: {name: update.delta[name] for name in names} for site, update in members.items()}
@@ -179,6 +184,8 @@ class SiteScores:
         requests = {}
         for site, change in changes.items():
             payload = self._payloads[site]
+            if payload.rows:
+                raise ScoringError(f"site {site!r}: exchanges rows of its own, so no model fits all sites of the turn")
             tensors = {n: changed(t, change[n]) if n in change else t for n, t in payload.tensors.items()}
             requests[site] = Message({"round": self._round_idx}, tensors, payload.extras)
         return self._channel.exchange(Task.EVALUATE, requests) if requests else {}

@@ -22,7 +22,7 @@ from fedcmt.nnunet.network import input_parameters
 from fedcmt.nnunet.paths import nnunet_paths
 from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, LossHook, SiteTrainer, build_trainer
-from fedcmt.params import Params, copy_into, delta, load_tensors, save_tensors, shapes, snapshot
+from fedcmt.params import Params, copy_into, delta, load_tensors, put_rows, save_tensors, shapes, snapshot, take_rows
 from fedcmt.privacy.server_half import noise_source
 from fedcmt.privacy.site_half import SitePrivacy
 from fedcmt.privacy.terms import PrivacyTerms
@@ -153,8 +153,9 @@ class Session:
         self.trainer.noise = noise_source(self._privacy.terms, self._prepared.seed, "site", self._name, round_idx)
         try:
             with self._random.active():
-                metrics, seconds = self._train(message, round_idx, stop)
-            sent = self._outgoing(message, round_idx)
+                received = self._whole(message)
+                metrics, seconds = self._train(received, message, round_idx, stop)
+            sent = self._outgoing(received, message, round_idx)
         except BaseException:
             self._restore()  # or half a round would stay in the personal part and in the optimiser
             raise
@@ -170,16 +171,19 @@ class Session:
             meta["train_seconds"] = seconds
         return Message(meta, *sent)
 
-    def _outgoing(self, message: Message, round_idx: int) -> tuple[Params, Params]:
+    def _outgoing(self, received: Params, message: Message, round_idx: int) -> tuple[Params, Params]:
         """The update and the extras, as the job's privacy lets them leave."""
-        update = delta(self.partition.outgoing(snapshot(self.trainer.module)), message.tensors)
-        sent = {name: tensor for name, tensor in update.items() if name not in message.meta["frozen"]}
+        update = delta(self.partition.outgoing(snapshot(self.trainer.module)), received)
+        trained = {name: tensor for name, tensor in update.items() if name not in message.meta["frozen"]}
+        sent = take_rows(trained, message.meta.get("rows", {}))
         extras = self._algorithm.local_extras(self.trainer.module)
         return self._privacy.outgoing(sent, extras, round_idx), extras
 
-    def _train(self, message: Message, round_idx: int, stop: Callable[[], bool]) -> tuple[dict[str, float], float]:
+    def _train(
+        self, wire: Params, message: Message, round_idx: int, stop: Callable[[], bool]
+    ) -> tuple[dict[str, float], float]:
         """Metrics of a round and the seconds its steps took."""
-        received = self._receive(message)
+        received = self._receive(wire)
         metrics = self._validate("received", round_idx)
         if self._config.optimizer.reset:
             self.trainer.forget()
@@ -208,7 +212,7 @@ class Session:
         network, own = self.trainer.network, snapshot(self.trainer.module)
         training = network.training
         try:
-            self._receive(message)
+            self._receive(self._whole(message))
             score = self.trainer.validate(self._config.val_batches)
         finally:
             copy_into(self.trainer.module, own, where=f"site {self._name!r}")
@@ -230,7 +234,7 @@ class Session:
         """Validate and test on whole volumes, and export the stock model folder."""
         if message.tensors:
             with self._random.active():
-                self._receive(message)
+                self._receive(self._whole(message))
                 self._validate("received", self._prepared.num_rounds)
         plans, dataset_json = self._prepared.plans, self._prepared.dataset_json
         final = snapshot(self.trainer.module)
@@ -284,9 +288,17 @@ class Session:
         noise = noise_source(terms, self._prepared.seed, "site", self._name)  # each round brings its own
         return private_trainer_of(InstancePrivacy(terms.clip, terms.noise_multiplier, terms.expected_batch, noise))
 
-    def _receive(self, message: Message) -> Params:
-        """Copy a payload into the network; returns it by parameter name on the network's device."""
-        tensors = self.partition.incoming(message.tensors)
+    def _whole(self, message: Message) -> Params:
+        """A payload's wire tensors with the site's own values in rows that did not travel."""
+        rows = message.meta.get("rows", {})
+        if not rows:
+            return message.tensors
+        own = self.partition.outgoing(snapshot(self.trainer.module))
+        return put_rows(own, message.tensors, rows, where=f"payload of site {self._name!r}")
+
+    def _receive(self, wire: Params) -> Params:
+        """Copy whole wire tensors into the network; returns them by parameter name on the network's device."""
+        tensors = self.partition.incoming(wire)
         copy_into(self.trainer.module, tensors, where=f"site {self._name!r}")
         return {name: tensor.to(self.trainer.device) for name, tensor in tensors.items()}
 

@@ -25,6 +25,8 @@ class Participant:
       channels: nnU-Net channel names in the site's order.
       num_cases: Training cases, after the site's own validation cases are set aside.
       wire_shapes: Wire name to shape of every tensor the site exchanges.
+      role: "site", or "fusion" for the one that holds all sequences and trains after the others, where an algorithm has
+        such a site.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Participant:
     channels: tuple[str, ...]
     num_cases: int
     wire_shapes: Mapping[str, tuple[int, ...]]
+    role: str = "site"
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,14 @@ class Payload:
       tensors: Wire name to tensor.
       extras: Named extras such as anchors.
       frozen: Wire names that stay as received while the site trains, and that its update leaves out.
+      rows: Wire name to the rows (on axis 0) that travel, both ways; the site keeps its own values of the others. The
+        tensor has these rows only, and is left out where there are none. A name that is not here travels whole.
     """
 
     tensors: Params
     extras: Params = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Update:
     """What one site returns.
 
     Attributes:
-      delta: trained - received; the payload's wire names without the frozen ones.
+      delta: trained - received; the payload's wire names and rows without the frozen ones.
       num_cases: Training cases of the site.
       num_steps: Optimiser steps taken.
       metrics: Plain numbers, e.g. ``val_dice_received`` in [0, 1].

@@ -185,7 +185,9 @@ class SiteTrainer(nnUNetTrainer):
     @contextlib.contextmanager
     def frozen(self, names: Collection[str]) -> Iterator[None]:
         """Leave these parameters as they are while in here; the optimiser passes over what has no gradient."""
-        chosen = [parameter for name, parameter in self.module.named_parameters() if name in names]
+        chosen = [
+            parameter for name, parameter in self.module.named_parameters() if name in names and parameter.requires_grad
+        ]
         for parameter in chosen:
             parameter.requires_grad_(False)
         try:
