@@ -31,7 +31,7 @@ BAD_SITE = [
     ("num_processes", 0, NUMBER), ("grad_clip", 0, "above 0"), ("grad_clip", math.nan, "above 0"),
     ("mirroring", 1, "true or false"), ("score_common", None, "true or false"),
     ("num_workers", -1, "null or a whole number from 0"),
-    ("loss", "ce", "dice_ce, dice, fedmunet"),
+    ("role", "server", "site or fusion"), ("loss", "ce", "dice_ce, dice, fedmunet, fedmepd"),
     ("mirror_axes", [3], "null or a list of array axes from 0 to 2"),
     ("mirror_axes", 0, "null or a list of array axes from 0 to 2"),
     ("device", "tpu", "auto, cpu or cuda"), ("channels", "T1", "null or a list of channel names"),

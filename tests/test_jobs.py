@@ -155,7 +155,8 @@ def test_a_newcomer_s_data_set_comes_with_the_demo(file: Path) -> None:
 def config_value(config: JobConfig, key: str) -> object:
     """What an override's key reads as in the job; of all sites, the first's."""
     who, *path = key.split(".")
-    value: Any = config.server if who == "server" else config.sites.get(who, next(iter(config.sites.values())))
+    parts: dict[str, Any] = {"server": config.server, "algorithm": config.algorithm["args"], **config.sites}
+    value = parts.get(who, next(iter(config.sites.values())))
     for name in path:
         value = value[name] if isinstance(value, dict) else getattr(value, name)
     return value

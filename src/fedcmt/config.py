@@ -110,9 +110,11 @@ class SiteConfig:
     local_steps: int = 250
     """Optimiser steps per round."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loss: Literal["dice_ce", "dice", "fedmunet"] = "dice_ce"
-    """Segmentation only: nnU-Net's soft Dice and cross-entropy, 1 - soft Dice alone, or the loss that Fed-MUnet was
-    published with (labels only, no regions)."""
+    role: Literal["site", "fusion"] = "site"
+    """"fusion" is the site that trains after the others in a round, for algorithms that have one (FedMEPD)."""
+    loss: Literal["dice_ce", "dice", "fedmunet", "fedmepd"] = "dice_ce"
+    """Segmentation only: nnU-Net's soft Dice and cross-entropy, 1 - soft Dice alone, or the loss that Fed-MUnet or
+    FedMEPD was published with (labels only, no regions)."""
     grad_clip: float = 1.0
     """Gradients are scaled down to this 2-norm; nnU-Net itself uses 12."""
     val_every: int = 1
@@ -161,7 +163,8 @@ class SiteConfig:
         )
         _require(config.task in TASKS, where, "task", config.task, " or ".join(TASKS))
         _require(config.classes in SOURCES, where, "classes", config.classes, ", ".join(SOURCES))
-        losses = ("dice_ce", "dice", "fedmunet")
+        _require(config.role in ("site", "fusion"), where, "role", config.role, "site or fusion")
+        losses = ("dice_ce", "dice", "fedmunet", "fedmepd")
         _require(config.loss in losses, where, "loss", config.loss, ", ".join(losses))
         loss_ok = config.loss == "dice_ce" or config.task == "segmentation"
         _require(loss_ok, where, "loss", config.loss, "dice_ce, which leaves it to the task, at a site that classifies")

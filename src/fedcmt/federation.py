@@ -250,7 +250,8 @@ class Federation:
         self._privacy.open_round(round_idx, participants)
         if self._config.privacy.release_metrics:
             self._privacy.note("round metrics", "each site's loss and validation scores", round_idx)
-        for turn in self._algorithm.turns(round_idx, participants):
+        turns = self._algorithm.turns(round_idx, participants)
+        for turn in turns:
             # On disk, so that memory does not grow with the number of sites.
             with SpooledUpdates(self._folder / "uploads") as spool, SpooledUpdates(self._folder / "noisy") as noisy:
                 updates, failures = self._turn(channel, round_idx, state, turn, spool)
@@ -261,10 +262,11 @@ class Federation:
                     self._assess(channel, round_idx, received, turn, updates, assessment)
             all_updates.update({site: replace(update, delta={}, extras={}) for site, update in updates.items()})
             all_failures.update(failures)
-        least = self._least(participants)
+        asked = [site for turn in turns for site in turn]
+        least = min(self._least(participants), len(asked))
         if len(all_updates) < least:
             raise FederationError(
-                f"round {round_idx + 1}: {len(all_updates)} of {len(participants)} sites sent a usable update, "
+                f"round {round_idx + 1}: {len(all_updates)} of {len(asked)} sites sent a usable update, "
                 f"at least {least} are needed. {_describe(all_failures)}"
             )
         self._log_round(round_idx, all_updates, all_failures)
@@ -443,7 +445,10 @@ def _read_participant(site: str, modality: str, answer: Message) -> Participant:
             f"site {site!r}: num_cases {cases!r}, channels {channels!r}, wire_shapes of type {type(wire).__name__}; "
             "expected a whole number from 1, a list and an object"
         )
-    return Participant(site, modality, tuple(channels), cases, {name: tuple(shape) for name, shape in wire.items()})
+    role = answer.meta.get("role", "site")
+    if role not in ("site", "fusion"):
+        raise FederationError(f"site {site!r}: role is {role!r}, expected site or fusion")
+    return Participant(site, modality, tuple(channels), cases, {n: tuple(shape) for n, shape in wire.items()}, role)
 
 
 def _listed(rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

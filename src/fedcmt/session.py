@@ -184,6 +184,7 @@ class Session:
     ) -> tuple[dict[str, float], float]:
         """Metrics of a round and the seconds its steps took."""
         received = self._receive(wire)
+        self._algorithm.local_start(self.trainer.module, message.extras)
         metrics = self._validate("received", round_idx)
         if self._config.optimizer.reset:
             self.trainer.forget()
@@ -319,6 +320,8 @@ class Session:
                 extras=extras,
                 round_idx=round_idx,
                 num_rounds=num_rounds,
+                output=batch.output,
+                cases=batch.cases,
             )
             return self._algorithm.local_loss(loss, step)
 
@@ -370,21 +373,24 @@ class Session:
         tensors = {f"network/{n}": t for n, t in snapshot(self.trainer.module).items()}
         tensors |= {f"optimizer/{n}": t for n, t in optimizer.items()}
         tensors |= {f"random/{n}": t for n, t in random_tensors.items()}
+        remembered, plain = self._algorithm.local_state()
+        tensors |= {f"algorithm/{n}": t for n, t in remembered.items()}
         meta = {"optimizer": optimizer_plain, "random": random_plain, "best_score": self._best_score}
-        meta["scores"] = self._scores
+        meta |= {"scores": self._scores, "algorithm": plain}
         save_tensors(self._folder / _LAST, tensors, {"round": round_idx, **meta})
 
     def _restore(self) -> None:
         """Go back to what `_save_last` stored."""
         path = self._folder / _LAST
         tensors, meta = load_tensors(path)
-        parts: dict[str, Params] = {"network": {}, "optimizer": {}, "random": {}}
+        parts: dict[str, Params] = {"network": {}, "optimizer": {}, "random": {}, "algorithm": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             parts[kind][rest] = tensor
         copy_into(self.trainer.module, parts["network"], where=str(path))
         self.trainer.load_state(parts["optimizer"], meta["optimizer"])
         self._random.load(parts["random"], meta["random"])
+        self._algorithm.restore_local(parts["algorithm"], meta.get("algorithm", {}))
         self._best_score = meta["best_score"]
         self._scores = dict(meta["scores"])
 

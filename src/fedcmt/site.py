@@ -117,6 +117,7 @@ class Site:
             nnunet_folder("nnUNet_preprocessed"),
             options,
             site=self.name,
+            role=self._config.role,
             job=joined["job"],
             num_processes=self._config.num_processes,
             progress=progress.update,
@@ -145,6 +146,7 @@ class Site:
             {
                 "channels": self._session.channels,
                 "num_cases": self._session.trainer.num_training_cases(),
+                "role": self._config.role,
                 "wire_shapes": {name: list(shape) for name, shape in self._session.partition.wire_shapes.items()},
                 **self._session.sampling(),
             }

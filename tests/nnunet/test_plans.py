@@ -542,7 +542,7 @@ def test_planning_leaves_nothing_behind(
         ({"adapter": "lora"}, r"planning.adapter is 'lora', expected one of \['conv', 'linear'\]"),
         (
             {"network": "VNet"},
-            r"planning.network is 'VNet', expected one of \['plan', 'UNet3D', 'TransUNet3D', 'MUNet'\]",
+            r"planning.network is 'VNet', expected one of \['plan', 'UNet3D', 'TransUNet3D', 'MUNet', 'FedMEPDNet'\]",
         ),
         ({"network": "UNet3D", "configuration": "2d"}, "planning.network is 'UNet3D', a 3D network, but .* is '2d'"),
         ({"network": "UNet3D", "planner": "nnUNetPlannerResEncM"}, "for a residual encoder. Use ExperimentPlanner"),

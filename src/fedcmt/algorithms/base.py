@@ -7,7 +7,7 @@ nnU-Net.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -106,6 +106,8 @@ class LocalStep:
       extras: The round's extras as the payload had them.
       round_idx: 0-based round.
       num_rounds: Rounds that schedules are made for; a job that is resumed may go on beyond them.
+      output: All that the network returned; the logits are of it.
+      cases: Ids of the batch's cases, which stay at the site.
     """
 
     network: nn.Module
@@ -119,6 +121,8 @@ class LocalStep:
     extras: Mapping[str, Tensor]
     round_idx: int
     num_rounds: int
+    output: Any = None
+    cases: Sequence[str] = ()
 
 
 class Algorithm:
@@ -164,6 +168,16 @@ class Algorithm:
         Must not change ``state`` or ``updates``, and must not depend on the order of sites.
         """
         raise NotImplementedError
+
+    def local_start(self, network: nn.Module, extras: Mapping[str, Tensor]) -> None:
+        """The site's half: called once a round's payload is in the network, before its first step."""
+
+    def local_state(self) -> tuple[Params, dict[str, Any]]:
+        """The site's half: what it must remember from round to round, as tensors and plain values."""
+        return {}, {}
+
+    def restore_local(self, tensors: Params, plain: Mapping[str, Any]) -> None:
+        """The site's half: go back to what `local_state` gave; both are empty before the first round."""
 
     def needs_teacher(self, round_idx: int, num_rounds: int) -> bool:
         """The site's half: whether `local_loss` calls ``step.teacher`` in this round."""

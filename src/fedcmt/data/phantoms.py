@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import SimpleITK as sitk
@@ -171,7 +171,7 @@ class _Spec:
     def dataset_json(self) -> dict[str, object]:
         raise NotImplementedError
 
-    def stored(self) -> dict[str, object]:
+    def stored(self) -> dict[str, Any]:
         """The content of phantom.json; the style by its numbers, so that an edited style counts as another spec."""
         return json.loads(json.dumps({"version": PHANTOM_VERSION, "kind": self.kind, "spec": asdict(self)}))
 
@@ -213,11 +213,12 @@ def make_brain_mr(
     style: str | MRStyle,
     shape_vox: Sequence[int] = (44, 52, 40),
     channels: Sequence[str] = SEQUENCES,
+    labels: str = "regions",
 ) -> Path:
     """Write one dataset of skull-stripped brains with one tumour each.
 
-    Labels: 1 oedema, 2 non-enhancing core, 3 enhancing, declared as the nested regions whole_tumor, tumor_core and
-    enhancing_tumor. Images are float32 in arbitrary scanner units, exactly 0 outside the brain.
+    Labels: 1 oedema, 2 non-enhancing core, 3 enhancing; declared as the nested regions whole_tumor, tumor_core and
+    enhancing_tumor, or as these labels. Images are float32 in arbitrary scanner units, exactly 0 outside the brain.
 
     Args:
       folder: The dataset folder to make, named ``DatasetXXX_Name``.
@@ -227,6 +228,7 @@ def make_brain_mr(
       style: A key of ``MR_STYLES`` or a style of one's own.
       shape_vox: Grid size along x, y, z.
       channels: Any of ``SEQUENCES``, in channel order.
+      labels: "regions" or "plain".
 
     Returns:
       ``folder``.
@@ -235,7 +237,8 @@ def make_brain_mr(
       ValueError: For an unknown style or channel, or a value out of range.
       FileExistsError: If ``folder`` holds anything but exactly this dataset.
     """
-    spec = BrainMRSpec(num_train, num_test, seed, _style(style, MR_STYLES), tuple(shape_vox), tuple(channels))
+    found = _style(style, MR_STYLES)
+    spec = BrainMRSpec(num_train, num_test, seed, found, tuple(shape_vox), tuple(channels), labels)
     spec.check()
     _check_folder_name(folder.name)
     return _make(folder, spec)
@@ -291,11 +294,20 @@ class BrainMRSpec(_Spec):
     style: MRStyle
     shape_vox: tuple[int, ...] = (44, 52, 40)
     channels: tuple[str, ...] = SEQUENCES
+    labels: str = "regions"
 
     def check(self) -> None:
         super().check()
         _check_shape(self.kind, self.shape_vox)
         _check_names(self.kind, "channels", self.channels, SEQUENCES)
+        if self.labels not in ("regions", "plain"):
+            raise ValueError(f"brain_mr: labels is {self.labels!r}, expected regions or plain")
+
+    def stored(self) -> dict[str, Any]:
+        stored = super().stored()
+        if self.labels == "regions":  # folders made before there was a choice stay valid
+            stored["spec"] = {key: value for key, value in stored["spec"].items() if key != "labels"}
+        return stored
 
     def case(self, split: int, idx: int) -> _Case:
         tissue, label = _brain_anatomy(self.rng(split, idx, "anatomy"), self.shape_vox)
@@ -305,11 +317,17 @@ class BrainMRSpec(_Spec):
     def dataset_json(self) -> dict[str, object]:
         return {
             "channel_names": {str(i): name for i, name in enumerate(self.channels)},
-            "labels": {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [2, 3], "enhancing_tumor": 3},
-            "regions_class_order": [1, 2, 3],
+            **(_PLAIN if self.labels == "plain" else _REGIONS),
             "numTraining": self.num_train,
             "file_ending": FILE_ENDING,
         }
+
+
+_PLAIN = {"labels": {"background": 0, "oedema": 1, "core": 2, "enhancing": 3}}
+_REGIONS = {
+    "labels": {"background": 0, "whole_tumor": [1, 2, 3], "tumor_core": [2, 3], "enhancing_tumor": 3},
+    "regions_class_order": [1, 2, 3],
+}
 
 
 def _brain_anatomy(rng: np.random.Generator, shape: Sequence[int]) -> tuple[LabelArray, LabelArray]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fedcmt.models.scopes import Partition, ScopeRules, slot_name
 from fedcmt.nnunet.fingerprint import Fingerprint
+from fedcmt.nnunet.plans import with_sequences
 from fedcmt.params import Params, named_tensors, shapes
 from fedcmt.randomness import RandomStream
 
@@ -90,9 +91,8 @@ def initial_parameters(
     for sites in _of_one_network(plans, modalities, rules):
         channels = _channels_of(sites, fingerprints)
         with RandomStream(seed).active():
-            network = build_network(
-                plans[sites[0]], configuration, len(channels), fingerprints[sites[0]].dataset_json()
-            )
+            own = with_sequences(dict(plans[sites[0]]), channels, calibrated=False)
+            network = build_network(own, configuration, len(channels), fingerprints[sites[0]].dataset_json())
         tensors = named_tensors(network)
         partition = Partition(
             rules,

@@ -13,6 +13,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from torch import nn
 
 from fedcmt.models.cross_modality import CMM_NORMS
+from fedcmt.models.fedmepd import FedMEPDNet
 from fedcmt.models.munet import MUNet
 from fedcmt.models.trans_unet3d import TransUNet3D
 from fedcmt.models.unet3d import UNet3D
@@ -26,11 +27,22 @@ PLANNERS: dict[str, type[ExperimentPlanner]] = {
 }
 """nnU-Net's planners by the name jobs use."""
 
-NETWORKS: dict[str, type[nn.Module]] = {"UNet3D": UNet3D, "TransUNet3D": TransUNet3D, "MUNet": MUNet}
+NETWORKS: dict[str, type[nn.Module]] = {
+    "UNet3D": UNet3D,
+    "TransUNet3D": TransUNet3D,
+    "MUNet": MUNet,
+    "FedMEPDNet": FedMEPDNet,
+}
 """Networks that nnU-Net lacks, by the name jobs use."""
 
 NETWORK_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "MUNet": {"norm": ("instance", "group"), "cmm_norm": CMM_NORMS, "strict_compat": (False, True)}
+    "MUNet": {"norm": ("instance", "group"), "cmm_norm": CMM_NORMS, "strict_compat": (False, True)},
+    "FedMEPDNet": {
+        "calibration": ("replace", "add"),
+        "anchors_per_class": tuple(range(1, 17)),
+        "attention_dropout": (0.0, 0.1),
+        "padding_mode": ("zeros", "reflect"),
+    },
 }
 """What ``network_options`` may say of a network, and the values; of the others, nothing."""
 

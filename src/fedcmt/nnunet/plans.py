@@ -29,7 +29,9 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from fedcmt.data.checks import channel_names
 from fedcmt.json_file import write_json
 from fedcmt.models.adapters import LinearAdapterUNet
+from fedcmt.models.fedmepd import HEADS, FedMEPDNet
 from fedcmt.models.munet import MUNet, planned_strides
+from fedcmt.models.sequences import canonical
 from fedcmt.nnunet.fingerprint import Fingerprint, FingerprintMismatchError, bin_policy, merge, to_nnunet
 from fedcmt.nnunet.normalization import MaskedMinMaxNormalization
 from fedcmt.nnunet.paths import nnunet_paths
@@ -81,13 +83,22 @@ def plan_federation(fingerprints: Mapping[str, Fingerprint], options: PlanningOp
 
 
 def localise_plans(
-    plans: Plans, *, site: str, job: str, dataset_name: str, dataset_json: dict, mode: str, local: dict | None
+    plans: Plans,
+    *,
+    site: str,
+    role: str = "site",
+    job: str,
+    dataset_name: str,
+    dataset_json: dict,
+    mode: str,
+    local: dict | None,
 ) -> Plans:
     """Received plans as one site uses them.
 
     Args:
       plans: What `plan_federation` returned for this site.
       site: The site's name.
+      role: "site" or "fusion"; a fusion site's FedMEPDNet is not calibrated.
       job: The job's name; with the site's it names the plans.
       dataset_name: nnU-Net's name of the site's data set, "Dataset123_Name".
       dataset_json: The site's dataset.json.
@@ -120,6 +131,22 @@ def localise_plans(
             continue  # its data are its parent's
         _check_channels(configuration, own, channels, where=f"plans for site {site!r}, configuration {name!r}")
         configuration["data_identifier"] = _data_identifier(own, configuration, dataset_json)
+    return with_sequences(own, channels, calibrated=role == "site")
+
+
+def with_sequences(plans: Plans, channels: Sequence[str], *, calibrated: bool) -> Plans:
+    """Plans whose `FedMEPDNet`, if that is their network, is for these channels; others as they are.
+
+    Args:
+      plans: Not changed.
+      channels: nnU-Net's channel names in the site's order.
+      calibrated: Whether features are calibrated by anchors: at every site but the one they come from.
+    """
+    own = copy.deepcopy(plans)
+    for configuration in own["configurations"].values():
+        architecture = configuration.get("architecture", {})
+        if architecture.get("network_class_name") == _path(FedMEPDNet):
+            architecture["arch_kwargs"] |= {"sequences": list(canonical(channels)), "calibrated": calibrated}
     return own
 
 
@@ -344,7 +371,7 @@ def _finish(configuration: dict[str, Any], options: PlanningOptions) -> None:
 
 def _own_architecture(options: PlanningOptions, planned: Mapping[str, Any]) -> dict[str, Any]:
     """The plans' entry for a network that nnU-Net lacks, as deep and as wide as the one planned."""
-    arguments = _munet_arguments if options.network == MUNet.__name__ else _unet_arguments
+    arguments = _ARGUMENTS.get(options.network, _unet_arguments)
     return {
         "network_class_name": _path(NETWORKS[options.network]),
         "arch_kwargs": {**arguments(planned), **options.network_options},
@@ -370,6 +397,16 @@ def _munet_arguments(planned: Mapping[str, Any]) -> dict[str, Any]:
         "dimensions": dimensions,
         "strides": planned_strides(stages, dimensions),
     }
+
+
+def _fedmepd_arguments(planned: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a network for any channels; `with_sequences` makes it a site's."""
+    stages = planned["n_stages"]
+    return {**_unet_arguments(planned), "heads": [HEADS[min(level, len(HEADS) - 1)] for level in range(stages)]}
+
+
+_ARGUMENTS = {MUNet.__name__: _munet_arguments, FedMEPDNet.__name__: _fedmepd_arguments}
+"""Network to how its arguments follow from what nnU-Net planned, where that is not `_unet_arguments`."""
 
 
 def _path(network: type) -> str:

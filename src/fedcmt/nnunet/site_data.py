@@ -33,6 +33,7 @@ def prepare_data(
     options: PlanningOptions,
     *,
     site: str,
+    role: str = "site",
     job: str,
     num_processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -46,6 +47,7 @@ def prepare_data(
       preprocessed: What nnU-Net calls ``nnUNet_preprocessed``.
       options: The job's planning options.
       site: The site's name.
+      role: "site" or "fusion".
       job: The job's name; with the site's it names the plans.
       num_processes: Processes that preprocess.
       progress: Told after each case.
@@ -57,6 +59,7 @@ def prepare_data(
     plans = localise_plans(
         dict(received),
         site=site,
+        role=role,
         job=job,
         dataset_name=dataset.name,
         dataset_json=read_dataset_json(dataset),

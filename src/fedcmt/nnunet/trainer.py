@@ -25,6 +25,8 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
 from fedcmt.config import OptimizerConfig
 from fedcmt.data.checks import DatasetError
+from fedcmt.models.fedmepd import FedMEPDNet
+from fedcmt.models.fedmepd_loss import fedmepd_loss
 from fedcmt.models.munet_loss import published_loss
 from fedcmt.nnunet.network import uses_deep_supervision
 from fedcmt.nnunet.schedules import ExponentialPolyLR
@@ -44,15 +46,19 @@ class Batch:
       logits: Full-resolution logits [B, K, *spatial], or pooled ones [B, K] of a classifier.
       target: Labels [B, 1, *spatial], regions [B, K, *spatial], or classes [B].
       valid: True where the target counts, the logits' shape without axis 1; None where all of it does.
+      output: All that the network returned.
+      cases: Ids of the batch's cases.
     """
 
     data: Tensor
     logits: Tensor
     target: Tensor
     valid: Tensor | None
+    output: Any = None
+    cases: Sequence[str] = ()
 
 
-LossName = Literal["dice_ce", "dice", "fedmunet"]
+LossName = Literal["dice_ce", "dice", "fedmunet", "fedmepd"]
 
 LossHook = Callable[[Tensor, Batch], Tensor]
 """(the task's loss, batch) -> loss to minimise."""
@@ -92,6 +98,10 @@ class SiteTrainer(nnUNetTrainer):
             self.initialize()
             self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        if self.loss_name == "fedmepd":
+            if not isinstance(self.module, FedMEPDNet):
+                raise ValueError(f"loss 'fedmepd' needs planning.network FedMEPDNet, not {type(self.module).__name__}")
+            self.module.all_outputs = True
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:
         """Stock augmentation settings with the site's mirror axes."""
@@ -111,10 +121,10 @@ class SiteTrainer(nnUNetTrainer):
           DatasetError: If the site asks for a loss that its labels do not allow.
         """
         loss = super()._build_loss()
-        if self.loss_name == "fedmunet" and (self.regions or self.label_manager.has_ignore_label):
+        if self.loss_name in ("fedmunet", "fedmepd") and (self.regions or self.label_manager.has_ignore_label):
             raise DatasetError(
-                "loss 'fedmunet' is over labels that exclude each other; this data set has regions or an ignore label. "
-                "Use dice_ce."
+                f"loss {self.loss_name!r} is over labels that exclude each other; this data set has regions or an "
+                "ignore label. Use dice_ce."
             )
         if self.loss_name == "dice":
             compound = loss.loss if self.enable_deep_supervision else loss
@@ -209,7 +219,8 @@ class SiteTrainer(nnUNetTrainer):
             output = self.network(data)
             loss = self.task_loss(output, target)
             if self.loss_hook is not None:
-                loss = self.loss_hook(loss, Batch(data, self.logits(output), *self.truth(target)))
+                truth = self.truth(target)
+                loss = self.loss_hook(loss, Batch(data, self.logits(output), *truth, output, batch["keys"]))
         self._backward(loss)
         return {"loss": loss.detach().cpu().numpy()}
 
@@ -226,6 +237,8 @@ class SiteTrainer(nnUNetTrainer):
 
     def task_loss(self, output: Any, target: Any) -> Tensor:
         """The site's own loss, nnU-Net's."""
+        if self.loss_name == "fedmepd":
+            return fedmepd_loss(output, target)
         if self.loss_name == "fedmunet":
             several = isinstance(output, list | tuple)
             return published_loss(output, target) if several else published_loss([output], [target])
@@ -341,8 +354,8 @@ def build_trainer(
       steps_per_round: For a schedule that decays from round to round; None is all of them.
       seed: Of the network's initial values and of the validation patches.
       mirror_axes: Axes of a patch along which it may be mirrored; None is all.
-      loss: "dice_ce" is nnU-Net's cross-entropy - soft Dice, "dice" 1 - soft Dice in [0, 1], and "fedmunet"
-        `fedcmt.models.munet_loss.published_loss`.
+      loss: "dice_ce" is nnU-Net's cross-entropy - soft Dice, "dice" 1 - soft Dice in [0, 1], "fedmunet"
+        `fedcmt.models.munet_loss.published_loss` and "fedmepd" `fedcmt.models.fedmepd_loss.fedmepd_loss`.
       make: Gives the trainer, not yet started, from nnU-Net's arguments.
     """
     # The constructor pops this key from the dict it is given (nnU-Net 2.8.1).
