@@ -8,7 +8,7 @@ import pytest
 from fedcmt.config import ConfigError
 from fedcmt.federation import FederationError
 from fedcmt.job_folder import find_job
-from fedcmt.launch import Run, checked, launch
+from fedcmt.launch import Run, _set_aside_earlier_run, checked, launch
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
@@ -39,3 +39,20 @@ def test_a_job_that_is_to_run_later_is_checked_without_a_trace(tmp_path: Path) -
     with pytest.raises(ConfigError, match="num_rounds is 0"):
         checked(replace(run, overrides=[("server.num_rounds", 0)]))
     assert not (tmp_path / "w").exists()
+
+
+def test_what_an_earlier_run_spent_on_the_same_cases_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = tmp_path / "job" / "server"
+    server.mkdir(parents=True)
+    (server / "privacy.jsonl").write_text('{"delta": 1e-05}\n{"epsilon_after": 3.4712}\n')
+    _set_aside_earlier_run(tmp_path / "job")
+    assert "It spent epsilon 3.471, which adds to what this run spends" in capsys.readouterr().out
+    assert not server.exists()
+
+
+def test_an_earlier_run_without_privacy_says_nothing_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "job" / "server").mkdir(parents=True)
+    _set_aside_earlier_run(tmp_path / "job")
+    assert "epsilon" not in capsys.readouterr().out

@@ -105,6 +105,8 @@ class SiteConfig:
     most voxels)."""
     channels: list[str] | None = None
     """Channel names the data set must have, in this order; null accepts dataset.json's."""
+    missing_channels: bool = False
+    """Whether an image of zeros stands for a sequence that its case lacks; augmentation then leaves it at zero."""
     fold: int | Literal["all"] = 0
     """nnU-Net fold: which fifth of the cases validates; "all" trains and validates on every case."""
     local_steps: int = 250
@@ -174,7 +176,7 @@ class SiteConfig:
             value = getattr(config, key)
             _require(is_int(value) and value >= least, where, key, value, f"a whole number from {least}")
         _require(is_number(config.grad_clip) and config.grad_clip > 0, where, "grad_clip", config.grad_clip, "above 0")
-        for key in ("mirroring", "score_common"):
+        for key in ("mirroring", "score_common", "missing_channels"):
             _require(isinstance(getattr(config, key), bool), where, key, getattr(config, key), "true or false")
         axes = config.mirror_axes
         axes_ok = axes is None or (isinstance(axes, list) and all(is_int(a) and 0 <= a <= 2 for a in axes))

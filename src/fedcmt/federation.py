@@ -156,7 +156,7 @@ class Federation:
           FederationError: If no round could be afforded at all.
         """
         if round_idx == 0:
-            raise FederationError(f"privacy: the budget does not allow a single round. {refusal}") from refusal
+            raise FederationError(f"privacy: the budget does not allow a single round: {refusal}") from refusal
         logger.warning("training ends after round %d of %d: %s", round_idx, self._config.num_rounds, refusal)
         return str(refusal)
 

@@ -27,7 +27,7 @@ from fedcmt.job_folder import Override, add_site, apply_overrides, cohort_of, re
 from fedcmt.json_file import read_json, write_json
 from fedcmt.logs import LAUNCHER_PREFIX
 from fedcmt.models.scopes import ALL_PERSONAL
-from fedcmt.privacy.server_half import check_algorithm
+from fedcmt.privacy.server_half import LEDGER_FILE, check_algorithm
 from fedcmt.workspace import GPUS_VARIABLE, RESUME_VARIABLE, THREADS_VARIABLE, WORKSPACE_VARIABLE, environment
 
 _SOURCES = Path(__file__).resolve().parents[1]
@@ -365,6 +365,18 @@ def _set_aside_earlier_run(workspace: Path) -> None:
         models = str(workspace / "nnUNet_results")
         results.write_text(results.read_text().replace(models, str(target / "nnUNet_results")))
     print(f"An earlier run's outputs moved to {target}", flush=True)
+    if spent := _epsilon_spent(target / "server" / LEDGER_FILE):
+        print(f"It spent epsilon {spent:.3f}, which adds to what this run spends on the same cases", flush=True)
+
+
+def _epsilon_spent(ledger: Path) -> float | None:
+    """The last epsilon in an earlier run's privacy ledger, if it has one that can be read."""
+    if not ledger.is_file():
+        return None
+    try:
+        return json.loads(ledger.read_text().splitlines()[-1]).get("epsilon_after")
+    except ValueError:
+        return None
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fedcmt.workspace import WORKSPACE_VARIABLE
 
@@ -20,6 +22,18 @@ def log_for_launcher(who: str) -> None:
     package = logging.getLogger("fedcmt")
     package.handlers = [handler]
     package.setLevel(logging.INFO)
+
+
+@contextmanager
+def root_logger_unchanged() -> Iterator[None]:
+    """Undo what an import does to the root logger."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 class _MarkedFormatter(logging.Formatter):

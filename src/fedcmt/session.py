@@ -14,6 +14,7 @@ import torch
 from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.config import SiteConfig
 from fedcmt.data.classes import read_classes
+from fedcmt.logs import root_logger_unchanged
 from fedcmt.messages import Message
 from fedcmt.models.scopes import Partition
 from fedcmt.nnunet.classifier import classifier_of
@@ -104,6 +105,7 @@ class Session:
                 steps_per_round=config.local_steps,
                 seed=derive_seed(prepared.seed, "network"),
                 mirror_axes=config.mirror_axes,
+                missing_channels=config.missing_channels,
                 loss=config.loss,
                 make=self._trainer_class(terms),
             )
@@ -281,8 +283,8 @@ class Session:
         """The trainer of the site's task, or of ``instance_dp``."""
         if terms.mode != "instance_dp":
             return SiteTrainer if self._classes is None else classifier_of(self._classes)
-        # Only here, as Opacus sets up the root logger when it is imported.
-        from fedcmt.nnunet.private_trainer import InstancePrivacy, private_trainer_of
+        with root_logger_unchanged():  # Opacus sets it up when it is imported
+            from fedcmt.nnunet.private_trainer import InstancePrivacy, private_trainer_of
 
         assert terms.noise_multiplier is not None
         assert terms.expected_batch is not None

@@ -97,7 +97,12 @@ class Site:
         options = PlanningOptions.from_dict(message.meta["planning"])
         folds = None if self._config.fold == "all" else 5
         logger.info("%s: checking %s", self.name, self._dataset.name)
-        check_dataset(self._dataset, num_folds=folds, channels=self._config.channels)
+        check_dataset(
+            self._dataset,
+            num_folds=folds,
+            channels=self._config.channels,
+            missing_channels=self._config.missing_channels,
+        )
         if self._config.task == "classification":
             read_classes(self._dataset, read_dataset_json(self._dataset), self._config.classes)
         logger.info("%s: extracting the fingerprint", self.name)

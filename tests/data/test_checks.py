@@ -458,6 +458,15 @@ def test_each_fault_in_a_file_is_named(
     assert message in line
 
 
+def test_an_image_of_zeros_may_stand_for_a_missing_sequence_but_not_for_all(dataset: Path) -> None:
+    put(SECOND, np.zeros(SHAPE_ZYX, np.float32))(dataset)
+    assert only_problem(dataset).startswith(f"- {SECOND} is 0 in every voxel")
+    check_dataset(dataset, missing_channels=True)
+    put(FIRST, np.zeros(SHAPE_ZYX, np.float32))(dataset)
+    with pytest.raises(DatasetError, match=f"2 problems.*\n- {FIRST} is 0 in every voxel"):
+        check_dataset(dataset, missing_channels=True)
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

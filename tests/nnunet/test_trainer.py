@@ -20,7 +20,7 @@ from fedcmt.nnunet.planning_options import PlanningOptions
 from fedcmt.nnunet.plans import plan_federation
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.nnunet.teacher import Teacher
-from fedcmt.nnunet.trainer import Batch, SiteTrainer, build_trainer
+from fedcmt.nnunet.trainer import Batch, MissingStaysMissing, SiteTrainer, build_trainer
 from fedcmt.params import snapshot
 from fedcmt.randomness import RandomStream
 
@@ -279,3 +279,24 @@ def folder_of(site: tuple[Path, dict, dict]) -> str:
     root, plans, _ = site
     identifier = plans["configurations"]["3d_fullres"]["data_identifier"]
     return str(root / "preprocessed" / plans["dataset_name"] / identifier)
+
+
+def test_a_channel_of_zeros_stays_at_zero_through_augmentation() -> None:
+    def noise(**patch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {**patch, "image": patch["image"] + 1}
+
+    image = torch.zeros(3, 2, 2, 4)
+    image[1, 0, 0, 1] = 5
+    augmented = MissingStaysMissing(noise)(image=image, segmentation=torch.ones(1, 2, 2, 4))
+    assert augmented["image"][[0, 2]].abs().sum() == 0
+    assert torch.equal(augmented["image"][1], image[1] + 1)
+    assert augmented["segmentation"].sum() == 16
+
+
+@pytest.mark.parametrize("missing_channels", [True, False])
+def test_missing_channels_stay_missing_only_where_the_site_says_so(
+    site: tuple[Path, dict, dict], monkeypatch: pytest.MonkeyPatch, missing_channels: bool
+) -> None:
+    trainer = trainer_of(site, monkeypatch, missing_channels=missing_channels)
+    loader = trainer.dataloader_train.data_loader
+    assert isinstance(loader.transforms, MissingStaysMissing) is missing_channels

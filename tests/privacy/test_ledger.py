@@ -44,7 +44,7 @@ def test_t9_round_44_is_allowed_and_round_45_refused_also_after_opening_again(pa
     assert ledger.epsilon() == pytest.approx(7.955, abs=1e-3)
     before = path.read_bytes()
     for again in (ledger, opened(path)):
-        with pytest.raises(BudgetExceeded, match=r"round 45 would bring epsilon to 8\.064 .* max_epsilon is 8\. Stop"):
+        with pytest.raises(BudgetExceeded, match=r"round 45 would bring epsilon to 8\.064 .* max_epsilon is 8\. More"):
             spend(again, 44)
         assert again.epsilon() == pytest.approx(7.955, abs=1e-3)
     assert path.read_bytes() == before
@@ -282,7 +282,7 @@ def test_a_line_that_a_killed_process_left_incomplete_is_refused(path: Path, lef
 def test_an_empty_file_is_no_ledger(path: Path) -> None:
     path.parent.mkdir()
     path.touch()
-    with pytest.raises(LedgerError, match="line 1 is incomplete"):
+    with pytest.raises(LedgerError, match="is empty"):
         opened(path)
 
 

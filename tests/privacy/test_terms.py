@@ -21,8 +21,10 @@ def test_terms_go_to_a_site_and_come_back_equal(values: dict[str, Any]) -> None:
     ("values", "key", "expected"),
     [
         ({"mode": "dp"}, "mode", "none, compat_noise"),
+        ({"mode": ["dp"]}, "mode", "none, compat_noise"),
+        ({**CENTRAL, "noise_multiplier": 1e-15}, "noise_multiplier", "from 1e-12"),
         ({"clip": 0}, "clip", "above 0"),
-        ({"mode": "central_client_dp"}, "noise_multiplier", "above 0 for central_client_dp"),
+        ({"mode": "central_client_dp"}, "noise_multiplier", "from 1e-12 for central_client_dp"),
         ({"noise_multiplier": 1}, "noise_multiplier", "null for none"),
         ({**COMPAT, "noise_multiplier": 1}, "noise_multiplier", "null for compat_noise"),
         ({**COMPAT, "max_epsilon": 8}, "max_epsilon", "which has no epsilon"),

@@ -196,13 +196,16 @@ def list_training_cases(folder: Path, dataset_json: Mapping[str, object]) -> dic
     return {case: Case(tuple(files.channels), labels / f"{case}{ending}") for case, files in cases.items()}
 
 
-def check_dataset(folder: Path, *, num_folds: int | None = 5, channels: Sequence[str] | None = None) -> DatasetSummary:
+def check_dataset(
+    folder: Path, *, num_folds: int | None = 5, channels: Sequence[str] | None = None, missing_channels: bool = False
+) -> DatasetSummary:
     """Check a whole raw dataset, voxels included.
 
     Args:
       folder: The dataset folder, ``DatasetXXX_Name``.
       num_folds: Cross-validation folds the training cases are split into; None when training uses all cases.
       channels: Channel names in the order the site's configuration gives them; None to skip that check.
+      missing_channels: Whether an image of zeros stands for a sequence that its case lacks; not all of a case's may.
 
     Returns:
       What the dataset holds.
@@ -221,7 +224,8 @@ def check_dataset(folder: Path, *, num_folds: int | None = 5, channels: Sequence
     problems += _leak_problems(folder, dataset_json)
     for part in ("imagesCommon", "labelsCommon", "imagesCommonVal", "labelsCommonVal"):
         problems += _link_problems(folder / part, dataset_json)
-    problems += _voxel_problems([*training.values(), *test.values()], _allowed_labels(dataset_json))
+    labels = _allowed_labels(dataset_json)
+    problems += _voxel_problems([*training.values(), *test.values()], labels, missing_channels)
     raise_if(folder, problems)
     return DatasetSummary(
         folder=folder,
@@ -522,19 +526,22 @@ def _no_images(folder: Path, dataset_json: Mapping, images: str) -> str:
 # Voxels
 
 
-def _voxel_problems(cases: Iterable[_CaseFiles], allowed: Sequence[int]) -> list[str]:
+def _voxel_problems(cases: Iterable[_CaseFiles], allowed: Sequence[int], missing_channels: bool) -> list[str]:
     # Threads, not processes: zlib releases the GIL while it decompresses, and FLARE clients may not fork.
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return [problem for found in pool.map(lambda case: _case_problems(case, allowed), cases) for problem in found]
+        found = pool.map(lambda case: _case_problems(case, allowed, missing_channels), cases)
+        return [problem for problems in found for problem in problems]
 
 
-def _case_problems(case: _CaseFiles, allowed: Sequence[int]) -> list[str]:
+def _case_problems(case: _CaseFiles, allowed: Sequence[int], missing_channels: bool) -> list[str]:
     """Read each file of one case once; only grids are kept, so one image is in memory at a time."""
     problems: list[str] = []
+    blank: list[str] = []
     reference: tuple[Path, _Grid] | None = None
     for path in [*case.channels, *([case.label] if case.label else [])]:
         grid, found = _file_problem(path, allowed if path == case.label else None)
-        problems += [f"{_short(path)} {found}"] if found else []
+        if found:
+            (blank if found is _BLANK else problems).append(f"{_short(path)} {found}")
         if grid is None:
             continue
         if reference is None:
@@ -544,7 +551,10 @@ def _case_problems(case: _CaseFiles, allowed: Sequence[int]) -> list[str]:
                 f"{_short(path)} lies on another grid than {_short(reference[0])}: {difference}. "
                 "Resample it onto that image's grid, labels with nearest neighbour."
             )
-    return problems
+    return problems if missing_channels and len(blank) < len(case.channels) else blank + problems
+
+
+_BLANK = "is 0 in every voxel. Remove the case, or export the image again."
 
 
 def _file_problem(path: Path, allowed: Sequence[int] | None) -> tuple[_Grid | None, str | None]:
@@ -596,6 +606,8 @@ def _intensity_problem(array: np.ndarray) -> str | None:
         if bad:
             return f"has {bad} voxels that are NaN or infinite. Replace them, for example by the background value."
     low = array.min()
+    if low == array.max() == 0:
+        return _BLANK
     if low == array.max():
         return f"is {low} in every voxel. Remove the case, or export the image again."
     return None

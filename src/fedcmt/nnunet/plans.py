@@ -316,7 +316,7 @@ def _check_equal_channels(configurations: Mapping[str, dict[str, Any]]) -> None:
         raise ValueError(
             f"planning: sites have {channels} channels, but MUNet has an encoder for each, so one architecture needs "
             "as many everywhere. Let every dataset.json name all channels, with images of zeros for sequences that are "
-            "missing, or set planning.mode to 'own'."
+            "missing, and set missing_channels in those sites' site.json."
         )
 
 

@@ -64,6 +64,23 @@ LossHook = Callable[[Tensor, Batch], Tensor]
 """(the task's loss, batch) -> loss to minimise."""
 
 
+class MissingStaysMissing:
+    """Augmentation after which channels that were zero everywhere in the patch are zero again.
+
+    Noise and brightness would give a missing sequence an image, and a network that looks for zeros would take it.
+    """
+
+    def __init__(self, transforms: Callable[..., dict[str, Any]]) -> None:
+        self._transforms = transforms
+
+    def __call__(self, **patch: Any) -> dict[str, Any]:
+        """Augment nnU-Net's ``image`` [C, *spatial] and what comes with it."""
+        present = (patch["image"] != 0).flatten(1).any(dim=1)
+        augmented = self._transforms(**patch)
+        augmented["image"][~present] = 0
+        return augmented
+
+
 class SiteTrainer(nnUNetTrainer):
     """One site's trainer for the length of a job; make it with `build_trainer`.
 
@@ -81,6 +98,7 @@ class SiteTrainer(nnUNetTrainer):
     steps_per_round: int
     validation_seed: int
     mirror_axes: tuple[int, ...] | None
+    missing_channels: bool
     loss_name: LossName
     steps_done: int = 0
     loss_hook: LossHook | None = None
@@ -113,6 +131,11 @@ class SiteTrainer(nnUNetTrainer):
                 )
             axes = self.inference_allowed_mirroring_axes = self.mirror_axes
         return (*others, axes)
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> Callable[..., dict[str, Any]]:
+        """Stock augmentation; where channels may be missing, they stay missing."""
+        transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        return MissingStaysMissing(transforms) if self.missing_channels else transforms
 
     def _build_loss(self) -> nn.Module:
         """Stock loss, without its cross-entropy where the site asks for soft Dice alone.
@@ -337,6 +360,7 @@ def build_trainer(
     steps_per_round: int | None = None,
     seed: int,
     mirror_axes: Sequence[int] | None = None,
+    missing_channels: bool = False,
     loss: LossName = "dice_ce",
     make: Callable[..., SiteTrainer] = SiteTrainer,
 ) -> SiteTrainer:
@@ -354,6 +378,7 @@ def build_trainer(
       steps_per_round: For a schedule that decays from round to round; None is all of them.
       seed: Of the network's initial values and of the validation patches.
       mirror_axes: Axes of a patch along which it may be mirrored; None is all.
+      missing_channels: Whether a channel of zeros is a missing sequence, which augmentation must leave alone.
       loss: "dice_ce" is nnU-Net's cross-entropy - soft Dice, "dice" 1 - soft Dice in [0, 1], "fedmunet"
         `fedcmt.models.munet_loss.published_loss` and "fedmepd" `fedcmt.models.fedmepd_loss.fedmepd_loss`.
       make: Gives the trainer, not yet started, from nnU-Net's arguments.
@@ -369,6 +394,7 @@ def build_trainer(
     trainer.steps_per_round = total_steps if steps_per_round is None else steps_per_round
     trainer.validation_seed = seed
     trainer.loss_name = loss
+    trainer.missing_channels = missing_channels
     trainer.mirror_axes = None if mirror_axes is None else tuple(mirror_axes)
     torch.manual_seed(seed)
     trainer.start()

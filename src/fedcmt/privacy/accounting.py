@@ -36,7 +36,10 @@ _TIGHT_UP_TO = 50.0
 """Epsilon from which sampled releases keep the RDP bound: a loss distribution needs memory in proportion to epsilon
 (10 GB at 2,800), for a number that promises nothing."""
 _PRECISION = 5e-5
-_LEAST_NOISE = 1e-12
+LEAST_NOISE, MOST_NOISE = 1e-12, 1e15
+"""What accountants can compute with."""
+
+LEAST_DELTA = 1e-100
 _LARGEST_LOG_NOISE = 30.0
 
 
@@ -62,7 +65,8 @@ class Release:
           ValueError: Naming the value, what came and what was expected.
         """
         z, rate = self.noise_multiplier, self.sampling_rate
-        require(is_number(z) and z >= _LEAST_NOISE, _WHERE, "noise_multiplier", z, f"a number from {_LEAST_NOISE}")
+        in_range = is_number(z) and LEAST_NOISE <= z <= MOST_NOISE
+        require(in_range, _WHERE, "noise_multiplier", z, f"a number from {LEAST_NOISE:g} to {MOST_NOISE:g}")
         require(is_number(rate) and 0 < rate <= 1, _WHERE, "sampling_rate", rate, "in (0, 1]")
         _require_count("count", self.count)
 
@@ -81,7 +85,8 @@ def epsilon(releases: Sequence[Release], delta: float, accountant: Accountant = 
     Raises:
       ValueError: Naming the argument.
     """
-    require(is_number(delta) and 0 < delta < 1, _WHERE, "delta", delta, "in (0, 1)")
+    delta_ok = is_number(delta) and LEAST_DELTA <= delta < 1
+    require(delta_ok, _WHERE, "delta", delta, f"from {LEAST_DELTA:g}, below 1")
     require(accountant in ACCOUNTANTS, _WHERE, "accountant", accountant, " or ".join(ACCOUNTANTS))
     counts: Counter[tuple[float, float]] = Counter()
     for release in releases:

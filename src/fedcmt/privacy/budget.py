@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(most: float = math.inf) -> Callable[[str], float]:
+def _number(most: float = 1e12) -> Callable[[str], float]:
     """A type for numbers above 0 and up to ``most``; argparse shows what it says of others."""
 
     def read(text: str) -> float:
@@ -66,8 +66,7 @@ def _number(most: float = math.inf) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not (0 < value <= most and math.isfinite(value)):
-            limit = "" if math.isinf(most) else f", at most {most:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0{limit}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, at most {most:g}")
         return value
 
     return read

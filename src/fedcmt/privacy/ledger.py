@@ -40,15 +40,25 @@ class PrivacyLedger:
       delta: In (0, 1), of every epsilon here.
       max_epsilon: The budget, > 0; None for none.
       accountant: "pld" or "rdp".
+      rounds: 0-based rounds that were made, which the file must have.
 
     Raises:
-      LedgerError: If the file has other terms, or a line, named by its number, that cannot be read. An incomplete last
-        line is such a one: the process was killed while writing it, so before its release. That is not for this code
-        to rely on: whoever repairs the file completes the line, and so counts it as spent.
+      LedgerError: If the file lacks one of ``rounds``, has other terms, or a line, named by its number, that cannot be
+        read. An incomplete last line is one: the process was killed while writing it. Its release was not made by this
+        code, which writes first, but nobody can know that of what ran around it, so the conservative reading is that it
+        was: whoever repairs the file completes the line.
       ValueError: If an argument is out of range.
     """
 
-    def __init__(self, path: Path, *, delta: float, max_epsilon: float | None, accountant: Accountant) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        delta: float,
+        max_epsilon: float | None,
+        accountant: Accountant,
+        rounds: Collection[int] = (),
+    ) -> None:
         where = f"privacy ledger {path}"
         limited = is_number(max_epsilon) and max_epsilon > 0
         require(is_number(delta) and 0 < delta < 1, where, "delta", delta, "in (0, 1)")
@@ -64,7 +74,12 @@ class PrivacyLedger:
         terms = {"delta": delta, "max_epsilon": max_epsilon, "accountant": accountant}
         if path.exists():
             self._read(terms)
-        else:
+        if missing := sorted(set(rounds) - self._rounds):
+            raise LedgerError(
+                f"{path}: has no line of round {missing[0] + 1}, which was made. Restore the ledger; without it "
+                "what was spent is unknown."
+            )
+        if not path.exists():
             write_json(path, terms)
             _flush_folder(path.parent)  # a ledger that a crash loses has forgotten what was spent
 
@@ -89,8 +104,8 @@ class PrivacyLedger:
             whose = "" if site is None else f" of site {site!r}"
             raise BudgetExceeded(
                 f"{what} would bring epsilon{whose} to {after:.3f} at delta {self._delta:g}, the budget max_epsilon is "
-                f"{self._max_epsilon:g}. Stop here and keep the last model: more noise or a larger budget is for a new "
-                "federation, which does not undo what this one spent."
+                f"{self._max_epsilon:g}. More noise or a larger budget is for a new federation, which does not undo "
+                "what this one spent."
             )
         return after
 
@@ -144,18 +159,6 @@ class PrivacyLedger:
             )
         return after
 
-    def check_rounds(self, rounds: Collection[int]) -> None:
-        """Refuse to go on from a state that is ahead of this ledger.
-
-        Raises:
-          LedgerError: If a finished round has no covered line.
-        """
-        if missing := sorted(set(rounds) - self._rounds):
-            raise LedgerError(
-                f"{self.path}: has no line of round {missing[0] + 1}, which was made. Restore the ledger; without it "
-                "what was spent is unknown."
-            )
-
     def note(self, kind: str, round_idx: int | None, detail: str, *, site: str | None = None) -> None:
         """Write down a release without noise, which epsilon does not cover.
 
@@ -192,6 +195,8 @@ class PrivacyLedger:
 
     def _read(self, terms: Mapping[str, Any]) -> None:
         *lines, rest = self.path.read_bytes().split(b"\n")
+        if not lines and not rest:
+            raise LedgerError(f"{self.path}: is empty. Restore it from a copy; without it what was spent is unknown.")
         for number, line in enumerate(lines, start=1):
             row = self._parse(number, line)
             if number == 1:

@@ -83,8 +83,8 @@ class ServerPrivacy:
                 delta=terms.delta,
                 max_epsilon=terms.max_epsilon,
                 accountant=terms.accountant,
+                rounds=range(rounds_done),
             )
-            self._ledger.check_rounds(range(rounds_done))
 
     def admit(self, site: Participant, sampling: Mapping[str, Any] | None) -> None:
         """Take a prepared site in, with how it draws cases.

@@ -63,9 +63,12 @@ class SitePrivacy:
             assert sampling_rate is not None
             self._release = Release(terms.noise_multiplier, sampling_rate, steps)
             self._ledger = PrivacyLedger(
-                folder / LEDGER_FILE, delta=terms.delta, max_epsilon=terms.max_epsilon, accountant=terms.accountant
+                folder / LEDGER_FILE,
+                delta=terms.delta,
+                max_epsilon=terms.max_epsilon,
+                accountant=terms.accountant,
+                rounds=range(rounds_done - 1, rounds_done) if rounds_done else (),
             )
-            self._ledger.check_rounds(range(rounds_done - 1, rounds_done) if rounds_done else ())
 
     def open_round(self, round_idx: int) -> None:
         """Take a round from the site's own budget, before its first step.

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+from fedcmt.privacy.accounting import LEAST_NOISE, MOST_NOISE
 from fedcmt.settings import is_int, is_number, read_settings, require
 
 Mode = Literal["none", "compat_noise", "central_client_dp", "distributed_client_dp", "instance_dp"]
@@ -30,8 +31,8 @@ class PrivacyTerms:
       mode: One of `PROTECTS`.
       clip: S > 0. Largest 2-norm, over all tensors jointly, of a site's update; of one case's gradient in
         ``instance_dp``.
-      noise_multiplier: z > 0. Standard deviation of the noise on the clipped sum, in units of ``clip``; all modes but
-        ``compat_noise``.
+      noise_multiplier: z, 1e-12 to 1e15. Standard deviation of the noise on the clipped sum, in units of ``clip``; all
+        modes but ``compat_noise``.
       sigma: ``compat_noise`` only: standard deviation of the noise on each weight of the mean, >= 0.
       delta: Of (epsilon, delta), in (0, 1); below 1 / (number of protected units).
       max_epsilon: A round that would exceed it is refused before it begins; None for no limit.
@@ -66,7 +67,7 @@ class PrivacyTerms:
         return terms
 
     def _check(self, where: str) -> None:
-        require(self.mode in PROTECTS, where, "mode", self.mode, ", ".join(PROTECTS))
+        require(isinstance(self.mode, str) and self.mode in PROTECTS, where, "mode", self.mode, ", ".join(PROTECTS))
         require(is_number(self.clip) and self.clip > 0, where, "clip", self.clip, "a number above 0")
         require(is_number(self.delta) and 0 < self.delta < 1, where, "delta", self.delta, "in (0, 1)")
         limit = self.max_epsilon
@@ -76,7 +77,8 @@ class PrivacyTerms:
         require(isinstance(self.release_metrics, bool), where, "release_metrics", self.release_metrics, "true or false")
         z, sigma, batch = self.noise_multiplier, self.sigma, self.expected_batch
         if self.formal:
-            require(is_number(z) and z > 0, where, "noise_multiplier", z, f"a number above 0 for {self.mode}")
+            least = f"a number from {LEAST_NOISE:g} for {self.mode}"
+            require(is_number(z) and LEAST_NOISE <= z <= MOST_NOISE, where, "noise_multiplier", z, least)
         else:
             require(z is None, where, "noise_multiplier", z, f"null for {self.mode}")
             require(limit is None, where, "max_epsilon", limit, f"null for {self.mode}, which has no epsilon")
