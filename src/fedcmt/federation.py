@@ -18,7 +18,7 @@ from fedcmt.config import ServerConfig
 from fedcmt.evaluation.contribution import MOST_EXACT, add_round, summarise
 from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Channel, Failure, Message, Task
-from fedcmt.models.scopes import Scope, ScopeRules
+from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors, shapes
 from fedcmt.privacy.ledger import BudgetExceeded
 from fedcmt.privacy.server_half import ServerPrivacy, check_update
@@ -254,9 +254,8 @@ class Federation:
         for turn in turns:
             # On disk, so that memory does not grow with the number of sites.
             with SpooledUpdates(self._folder / "uploads") as spool, SpooledUpdates(self._folder / "noisy") as noisy:
-                updates, failures = self._turn(channel, round_idx, state, turn, spool)
+                updates, failures, frozen = self._turn(channel, round_idx, state, turn, spool)
                 if updates:
-                    frozen = {site.name: self._algorithm.payload(state, site).frozen for site in turn}
                     protected = self._privacy.protect(updates, turn, frozen, round_idx, noisy.add)
                     received, state = state, self._algorithm.aggregate(state, protected)
                     self._assess(channel, round_idx, received, turn, updates, assessment)
@@ -300,15 +299,18 @@ class Federation:
 
     def _turn(
         self, channel: Channel, round_idx: int, state: State, turn: Sequence[Participant], spool: SpooledUpdates
-    ) -> tuple[dict[str, Update], dict[str, str]]:
+    ) -> tuple[dict[str, Update], dict[str, str], dict[str, frozenset[str]]]:
+        """Usable updates, why the others are not, and what each site was asked to leave out."""
+
         def keep(site: str, answer: Message) -> Message:
             return replace(answer, tensors=spool.add(site, answer.tensors))
 
-        requests = {}
+        requests, frozen = {}, {}
         for site in turn:
             payload = self._algorithm.payload(state, site)
             meta = {"round": round_idx, "frozen": sorted(payload.frozen), "rows": _listed(payload.rows)}
             requests[site.name] = Message(meta, payload.tensors, payload.extras)
+            frozen[site.name] = payload.frozen
         answers = channel.exchange(Task.TRAIN, requests, keep)
         updates: dict[str, Update] = {}
         failures: dict[str, str] = {}
@@ -323,7 +325,7 @@ class Federation:
             except ParameterError as error:
                 failures[site.name] = str(error)
                 logger.warning("round %d: %s; its update is left out", round_idx + 1, error)
-        return updates, failures
+        return updates, failures, frozen
 
     def _finish(
         self, channel: Channel, state: State, participants: Sequence[Participant]
@@ -428,7 +430,7 @@ def check_scoring(algorithm: Algorithm, config: ServerConfig, sites: Collection[
             f"server.contribution and server.cross_site score single sites' models, which {config.privacy.mode} does "
             "not cover. Leave them out, or run without server.privacy."
         )
-    if (tier > 0 or config.cross_site) and all(scope is Scope.PERSONAL for _, scope in algorithm.scopes.rules):
+    if (tier > 0 or config.cross_site) and algorithm.scopes.keep_everything:
         name = type(algorithm).__name__
         raise FederationError(f"server.contribution and server.cross_site: {name} exchanges nothing to score")
 

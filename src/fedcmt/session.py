@@ -118,6 +118,15 @@ class Session:
             channels=self.channels,
             input_parameters=input_parameters(self.trainer.module),
         )
+        self._teacher: Teacher | None = None
+        self._best_score = -1.0
+        self._scores: dict[str, float] = {}
+        last_round = -1
+        if (folder / _LAST).exists():
+            last_round = self._restore()
+            logger.info("%s: continuing from %s", name, folder)
+        else:
+            self._save_last(last_round)
         self._privacy = SitePrivacy(
             terms,
             name=name,
@@ -125,17 +134,9 @@ class Session:
             seed=prepared.seed,
             num_sites=prepared.num_sites,
             sampling_rate=self.trainer.sampling_rate,
-            rounds_done=self._last_round() + 1,
+            rounds_done=last_round + 1,
             steps=config.local_steps,
         )
-        self._teacher: Teacher | None = None
-        self._best_score = -1.0
-        self._scores: dict[str, float] = {}
-        if (folder / _LAST).exists():
-            self._restore()
-            logger.info("%s: continuing from %s", name, folder)
-        else:
-            self._save_last(-1)
 
     def sampling(self) -> dict[str, dict[str, float | int]]:
         """How the server is to account for a round of ``instance_dp``; empty in other modes."""
@@ -270,11 +271,6 @@ class Session:
             **({"common": common} if common else {}),
         }
 
-    def _last_round(self) -> int:
-        """0-based, of the state on disk; -1 where there is none."""
-        path = self._folder / _LAST
-        return int(load_tensors(path)[1]["round"]) if path.exists() else -1
-
     def _first_and_last(self) -> dict[str, float]:
         """Scores on validation patches before the first step and after the last, if the job's privacy lets them go."""
         return dict(self._scores) if self._privacy.terms.shares_metrics else {}
@@ -381,8 +377,8 @@ class Session:
         meta |= {"scores": self._scores, "algorithm": plain}
         save_tensors(self._folder / _LAST, tensors, {"round": round_idx, **meta})
 
-    def _restore(self) -> None:
-        """Go back to what `_save_last` stored."""
+    def _restore(self) -> int:
+        """Go back to what `_save_last` stored, and return its round."""
         path = self._folder / _LAST
         tensors, meta = load_tensors(path)
         parts: dict[str, Params] = {"network": {}, "optimizer": {}, "random": {}, "algorithm": {}}
@@ -395,6 +391,7 @@ class Session:
         self._algorithm.restore_local(parts["algorithm"], meta.get("algorithm", {}))
         self._best_score = meta["best_score"]
         self._scores = dict(meta["scores"])
+        return int(meta["round"])
 
 
 def _score_split(cases: WholeCases, split: str) -> dict[str, Any] | None:

@@ -15,15 +15,10 @@ from opacus.accountants import RDPAccountant
 from torch import Tensor, nn
 
 from fedcmt.config import OptimizerConfig
-from fedcmt.data.phantoms import make_brain_mr
-from fedcmt.json_file import read_json
 from fedcmt.models.munet import MUNet
 from fedcmt.models.trans_unet3d import TransUNet3D
 from fedcmt.models.unet3d import UNet3D
-from fedcmt.nnunet.fingerprint import bin_policy
 from fedcmt.nnunet.paths import nnunet_paths
-from fedcmt.nnunet.planning_options import PlanningOptions
-from fedcmt.nnunet.plans import plan_federation
 from fedcmt.nnunet.private_trainer import (
     CaseLoader,
     InstancePrivacy,
@@ -34,17 +29,14 @@ from fedcmt.nnunet.private_trainer import (
     poisson_draw,
     private_trainer_of,
 )
-from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, LossHook, build_trainer
 from fedcmt.params import snapshot
 from fedcmt.privacy.accounting import Release, epsilon
 from fedcmt.privacy.noise import SeededNoise
 from fedcmt.randomness import RandomStream
+from tests.nnunet.tiny_site import make_site
 
-OPTIONS = PlanningOptions(
-    mode="architecture", base_features=4, max_features=8, max_stages=3, max_patch_size=(16, 16, 24), batch_size=2
-)
 SGD = OptimizerConfig("SGD", lr=1.0, weight_decay=0.0)
 LOWEST_HEAD = "decoder.seg_layers.0."
 """Deep supervision gives the output of the lowest resolution no weight."""
@@ -53,21 +45,9 @@ LOWEST_HEAD = "decoder.seg_layers.0."
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     """nnU-Net's folders, installed plans and dataset.json of a small data set; batch Dice is on."""
-    root = tmp_path_factory.mktemp("site")
-    dataset = make_brain_mr(
-        root / "raw" / "Dataset702_Tiny",
-        num_train=5,
-        num_test=0,
-        seed=3,
-        style="site_a",
-        channels=("FLAIR",),
-        shape_vox=(24, 28, 20),
-    )
-    fingerprint = own_fingerprint(dataset, OPTIONS)
-    plans = plan_federation({"s": fingerprint.coarsened(bin_policy("architecture"))}, OPTIONS)["s"]
-    own = prepare_data(plans, fingerprint, dataset, root / "preprocessed", OPTIONS, site="s", job="j")
+    root, own, dataset_json = make_site(tmp_path_factory.mktemp("site"))
     own["configurations"]["3d_fullres"]["batch_dice"] = True
-    return root, own, read_json(dataset / "dataset.json")
+    return root, own, dataset_json
 
 
 def private(**changes: Any) -> InstancePrivacy:

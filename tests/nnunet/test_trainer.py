@@ -12,40 +12,18 @@ from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 
 from fedcmt.config import OptimizerConfig
 from fedcmt.data.checks import DatasetError
-from fedcmt.data.phantoms import make_brain_mr
-from fedcmt.json_file import read_json
-from fedcmt.nnunet.fingerprint import bin_policy
 from fedcmt.nnunet.paths import nnunet_paths
-from fedcmt.nnunet.planning_options import PlanningOptions
-from fedcmt.nnunet.plans import plan_federation
-from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, MissingStaysMissing, SiteTrainer, build_trainer
 from fedcmt.params import snapshot
 from fedcmt.randomness import RandomStream
-
-OPTIONS = PlanningOptions(
-    mode="architecture", base_features=4, max_features=8, max_stages=3, max_patch_size=(16, 16, 24), batch_size=2
-)
+from tests.nnunet.tiny_site import make_site
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     """nnU-Net's folders, installed plans and dataset.json of a small data set."""
-    root = tmp_path_factory.mktemp("site")
-    dataset = make_brain_mr(
-        root / "raw" / "Dataset702_Tiny",
-        num_train=5,
-        num_test=0,
-        seed=3,
-        style="site_a",
-        channels=("FLAIR",),
-        shape_vox=(24, 28, 20),
-    )
-    fingerprint = own_fingerprint(dataset, OPTIONS)
-    plans = plan_federation({"s": fingerprint.coarsened(bin_policy("architecture"))}, OPTIONS)["s"]
-    own = prepare_data(plans, fingerprint, dataset, root / "preprocessed", OPTIONS, site="s", job="j")
-    return root, own, read_json(dataset / "dataset.json")
+    return make_site(tmp_path_factory.mktemp("site"))
 
 
 def trainer_of(

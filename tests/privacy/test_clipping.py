@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fedcmt.params import ParameterError, Params
-from fedcmt.privacy.clipping import clip_flat, flat_norm
+from fedcmt.params import ParameterError, Params, norm
+from fedcmt.privacy.clipping import clip_flat
 
 
 def values(params: Params) -> dict[str, list]:
@@ -62,7 +62,7 @@ def test_t4_clipping_each_step_and_once_agree_inside_the_ball_only() -> None:
     # Each: (0.6, 0.8) + (-0.8, 0.6) = (-0.2, 1.4); once: (2.2, 4.6). Both then have norm 1.
     assert outside[0]["w"].tolist() == pytest.approx([-0.2 / math.sqrt(2), 1.4 / math.sqrt(2)])
     assert outside[1]["w"].tolist() == pytest.approx([2.2 / math.sqrt(26), 4.6 / math.sqrt(26)])
-    assert all(flat_norm(delta) <= 1 + 1e-6 for delta in outside)
+    assert all(norm(delta) <= 1 + 1e-6 for delta in outside)
 
 
 @pytest.mark.parametrize("bound", [1e-6, 0.1, 1 / 3, 7.7, 1e3])
@@ -71,14 +71,14 @@ def test_the_norm_afterwards_is_within_the_bound(bound: float, scale: float) -> 
     generator = torch.Generator().manual_seed(1)
     delta = {name: scale * torch.randn(5, 7, 11, generator=generator) for name in "abc"}
     clipped, before = clip_flat(delta, bound)
-    assert flat_norm(clipped) <= bound * (1 + 1e-6)
-    assert flat_norm(clipped) == pytest.approx(min(bound, before), rel=1e-6)
-    assert before == pytest.approx(flat_norm(delta))
+    assert norm(clipped) <= bound * (1 + 1e-6)
+    assert norm(clipped) == pytest.approx(min(bound, before), rel=1e-6)
+    assert before == pytest.approx(norm(delta))
 
 
 def test_squares_that_single_precision_cannot_hold_are_summed() -> None:
-    assert flat_norm({"a": torch.tensor([3e20]), "b": torch.tensor([[4e20]])}) == pytest.approx(5e20)
-    assert flat_norm({"a": torch.tensor([3e-30]), "b": torch.tensor([[4e-30]])}) == pytest.approx(5e-30)
+    assert norm({"a": torch.tensor([3e20]), "b": torch.tensor([[4e20]])}) == pytest.approx(5e20)
+    assert norm({"a": torch.tensor([3e-30]), "b": torch.tensor([[4e-30]])}) == pytest.approx(5e-30)
 
 
 @pytest.mark.parametrize("bound", [1.0, 10.0])

@@ -46,6 +46,11 @@ class ScopeRules:
     complete: bool = False
     by_shape: bool = False
 
+    @property
+    def keep_everything(self) -> bool:
+        """Whether every rule says personal, so that no tensor leaves a site."""
+        return all(scope is Scope.PERSONAL for _, scope in self.rules)
+
     def scopes_of(self, names: Collection[str]) -> dict[str, Scope]:
         """The scope of every parameter of a network.
 

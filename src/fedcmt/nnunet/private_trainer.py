@@ -373,7 +373,7 @@ class PrivateTrainer(SiteTrainer):
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(loss, [*own, *trained], allow_unused=True)
         # Deep supervision gives some outputs no weight; zeros, so that their heads have a gradient of 0.
-        levels = [torch.zeros_like(o) if g is None else g for o, g in zip(own, found, strict=False)]
+        levels = [torch.zeros_like(o) if g is None else g for o, g in zip(own, found[: len(own)], strict=True)]
         terms = {p: g for p, g in zip(trained, found[len(own) :], strict=True) if g is not None}
         return loss.detach(), levels, terms
 

@@ -10,11 +10,6 @@ from fedcmt.settings import is_number, require
 _WHERE = "clip_flat"
 
 
-def flat_norm(delta: Params) -> float:
-    """2-norm over all elements of all tensors jointly, summed in float64."""
-    return norm(delta)
-
-
 def clip_flat(delta: Params, bound: float) -> tuple[Params, float]:
     """Scale an update into the ball of radius S: ``delta * min(1, S / norm)``, one factor for all tensors.
 
@@ -37,6 +32,6 @@ def clip_flat(delta: Params, bound: float) -> tuple[Params, float]:
     short = [f"{name} {tensor.dtype}" for name, tensor in delta.items() if tensor.dtype.itemsize < 4]
     if short:
         raise ParameterError(f"{_WHERE}: {len(short)} tensors have too few bits: {short[:4]}, expected torch.float32")
-    length = flat_norm(delta)
+    length = norm(delta)
     factor = min(1.0, bound / length) if length > 0 else 1.0
     return {name: tensor * factor for name, tensor in delta.items()}, length

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from fedcmt.algorithms.base import Algorithm, Participant, Update
-from fedcmt.models.scopes import Scope
-from fedcmt.params import ParameterError, Params
+from fedcmt.params import ParameterError, Params, norm
 from fedcmt.privacy.accounting import Release
-from fedcmt.privacy.clipping import clip_flat, flat_norm
+from fedcmt.privacy.clipping import clip_flat
 from fedcmt.privacy.ledger import PrivacyLedger
 from fedcmt.privacy.noise import NoiseSource, SecureNoise, SeededNoise, add_noise
 from fedcmt.privacy.terms import PROTECTS, PrivacyTerms
@@ -76,15 +75,7 @@ class ServerPrivacy:
         self._num_sites = num_sites
         self._samplings: dict[str, Sampling] = {}
         self._shapes: Mapping[str, tuple[int, ...]] = {}
-        self._ledger = None
-        if terms.formal:
-            self._ledger = PrivacyLedger(
-                folder / LEDGER_FILE,
-                delta=terms.delta,
-                max_epsilon=terms.max_epsilon,
-                accountant=terms.accountant,
-                rounds=range(rounds_done),
-            )
+        self._ledger = open_ledger(terms, folder, range(rounds_done)) if terms.formal else None
 
     def admit(self, site: Participant, sampling: Mapping[str, Any] | None) -> None:
         """Take a prepared site in, with how it draws cases.
@@ -139,7 +130,7 @@ class ServerPrivacy:
         if self._terms.mode == "distributed_client_dp":
             values = sum(tensor.numel() for tensor in update.delta.values())
             most = self._terms.clip + self._update_noise(self._num_sites) * (math.sqrt(values) + _TAIL)
-            if (length := flat_norm(update.delta)) > most:
+            if (length := norm(update.delta)) > most:
                 return f"norm {length:.4g} is above {most:.4g}, all that clipping and noise explain"
         return None
 
@@ -245,6 +236,17 @@ def noise_source(terms: PrivacyTerms, *seeds: int | str) -> NoiseSource:
     return SecureNoise() if terms.noise == "secure" else SeededNoise(derive_seed(first, "privacy", *others))
 
 
+def open_ledger(terms: PrivacyTerms, folder: Path, rounds: Collection[int]) -> PrivacyLedger:
+    """The ledger in a folder, on these terms; see `PrivacyLedger` for ``rounds`` and what it raises."""
+    return PrivacyLedger(
+        folder / LEDGER_FILE,
+        delta=terms.delta,
+        max_epsilon=terms.max_epsilon,
+        accountant=terms.accountant,
+        rounds=rounds,
+    )
+
+
 def check_algorithm(terms: PrivacyTerms, algorithm: Algorithm) -> None:
     """Refuse terms that an algorithm would break.
 
@@ -252,7 +254,7 @@ def check_algorithm(terms: PrivacyTerms, algorithm: Algorithm) -> None:
       ValueError: With the reason.
     """
     name = type(algorithm).__name__
-    if terms.clips_updates and all(scope is Scope.PERSONAL for _, scope in algorithm.scopes.rules):
+    if terms.clips_updates and algorithm.scopes.keep_everything:
         raise ValueError(f"server.privacy: {terms.mode} covers what sites send, and under {name} they send nothing")
     if terms.mode == "distributed_client_dp" and not algorithm.mean_only:
         raise ValueError(

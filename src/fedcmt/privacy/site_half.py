@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedcmt.params import Params
+from fedcmt.params import Params, norm
 from fedcmt.privacy.accounting import Release
-from fedcmt.privacy.clipping import clip_flat, flat_norm
+from fedcmt.privacy.clipping import clip_flat
 from fedcmt.privacy.ledger import PrivacyLedger
 from fedcmt.privacy.noise import add_noise
-from fedcmt.privacy.server_half import LEDGER_FILE, noise_source
+from fedcmt.privacy.server_half import noise_source, open_ledger
 from fedcmt.privacy.terms import PROTECTS, PrivacyTerms
 
 
@@ -62,13 +62,8 @@ class SitePrivacy:
             assert terms.noise_multiplier is not None
             assert sampling_rate is not None
             self._release = Release(terms.noise_multiplier, sampling_rate, steps)
-            self._ledger = PrivacyLedger(
-                folder / LEDGER_FILE,
-                delta=terms.delta,
-                max_epsilon=terms.max_epsilon,
-                accountant=terms.accountant,
-                rounds=range(rounds_done - 1, rounds_done) if rounds_done else (),
-            )
+            last = range(rounds_done - 1, rounds_done) if rounds_done else ()
+            self._ledger = open_ledger(terms, folder, last)
 
     def open_round(self, round_idx: int) -> None:
         """Take a round from the site's own budget, before its first step.
@@ -90,7 +85,7 @@ class SitePrivacy:
         if self.terms.mode != "compat_noise":
             return
         moved = {name: tensor.detach() - received[name] for name, tensor in parameters.items()}
-        if (length := flat_norm(moved)) > self.terms.clip:
+        if (length := norm(moved)) > self.terms.clip:
             for name, tensor in parameters.items():
                 tensor.copy_(received[name] + moved[name] * (self.terms.clip / length))
 
