@@ -76,7 +76,12 @@ def test_a_calibrated_site_takes_anchors_and_sends_none() -> None:
     trained(site, model, ["a"])
     assert anchors(site, model) == {}
     with pytest.raises(ParameterError, match="anchors from the fusion site"):
-        site.local_start(model, {"anchors.1": torch.rand(6, 4)})
+        site.local_start(model, {**given, "anchors.1": torch.rand(6, 4)})
+
+
+def test_a_calibrated_site_refuses_a_round_without_anchors() -> None:
+    with pytest.raises(ParameterError, match=r"no \['anchors.2'\].*network_options.calibrated to false"):
+        AnchorSite(2, send_anchors=True).local_start(network(calibrated=True), {"anchors.1": torch.rand(4, 4)})
 
 
 def test_nothing_is_made_where_anchors_are_off() -> None:

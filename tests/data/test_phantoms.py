@@ -148,6 +148,15 @@ def test_same_seed_same_arrays_other_seed_other_arrays(tmp_path: Path, make) -> 
     assert all(first[name].tobytes() != other[name].tobytes() for name in first)
 
 
+def test_a_blank_sequence_changes_nothing_else(tmp_path: Path) -> None:
+    whole = volumes(brain(tmp_path / "whole" / "Dataset501_A", channels=("T1", "T2")))
+    part = volumes(brain(tmp_path / "part" / "Dataset501_A", channels=("T1", "T2"), blank=("T1",)))
+    assert set(part) == set(whole)
+    for name in whole:
+        expected = np.zeros_like(whole[name]) if name.endswith("_0000.nii.gz") else whole[name]
+        np.testing.assert_array_equal(part[name], expected)
+
+
 def test_cases_differ_from_each_other(brain_a: Path) -> None:
     labels = [read(path) for path in sorted(brain_a.glob("labelsT?/*"))]
     assert len(labels) == 3
@@ -285,6 +294,7 @@ def test_two_sites_generating_at_once_end_with_one_dataset(tmp_path: Path, monke
         ({"organs": ["liver"]}, r"unknown keys \['organs'\]"),
         ({"channels": ["PET"]}, r"Dataset501_A: brain_mr: channels is \('PET',\); expected .*'FLAIR'"),
         ({"channels": ["T1", "T1"]}, "each once"),
+        ({"channels": ["T1"], "blank": ["T1"]}, "expected some, not all, of channels"),
         ({"num_train": 0}, "num_train is 0; expected an integer of at least 1"),
         ({"seed": -1}, "seed is -1; expected an integer of at least 0"),
         ({"shape_vox": [8, 8]}, "shape_vox is .*three positive integers"),

@@ -321,7 +321,7 @@ BOXES = {"sites": {SITES[0]: "organ_boxes"}, "box_mm": [3, 4, 5]}
         ({"cuts": [DEAL], "seed": 1}, "expected either one cut or .* alone"),
         (
             {"cuts": [{**DEAL, "kind": "thirds"}]},
-            r"kind is 'thirds'; expected one of \['domains', 'deal', 'partition'\]",
+            r"kind is 'thirds'; expected one of \['domains', 'deal', 'partition', 'channels'\]",
         ),
         ({"cuts": [COHORT]}, "kind is None"),
         ({"cuts": [{**DEAL, "by": "dtype"}]}, r"unknown keys \['by'\]; a cut of kind 'deal' knows"),
@@ -587,3 +587,50 @@ def test_a_site_that_is_no_name_and_id_is_refused(site: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         main(["-d", "700", "--scheme", "equal", "--sites", site])
     assert "expected NAME:ID, e.g. SiteA:601" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sites with some of the channels
+
+CHANNELS = {"kind": "channels", "source_id": 710, "sites": {"Dataset711_C": ["T2"], "Dataset712_D": ["T2", "T1"]}}
+
+
+@pytest.fixture(scope="module")
+def two_channels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nnUNet_raw with one data set of two cases, of which channel 0 (T1) is 10 and 20 and channel 1 (T2) 11 and 21."""
+    raw = tmp_path_factory.mktemp("channels")
+    folder = raw / "Dataset710_Two"
+    for number, case in enumerate(("a", "b"), start=1):
+        files = {f"imagesTr/{case}_000{channel}.nii.gz": 10 * number + channel for channel in (0, 1)}
+        for path, value in {**files, f"labelsTr/{case}.nii.gz": 1}.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            sitk.WriteImage(sitk.GetImageFromArray(np.full((4, 3, 2), value, np.uint8)), str(folder / path))
+    dataset = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "x": 1}, "numTraining": 2}
+    (folder / "dataset.json").write_text(json.dumps({**dataset, "file_ending": ".nii.gz"}))
+    return raw
+
+
+def test_a_site_gets_its_channels_of_every_case_in_its_own_order(two_channels: Path, tmp_path: Path) -> None:
+    one, two = make_cuts(two_channels, tmp_path, {"cuts": [CHANNELS]})
+    assert read_dataset_json(one)["channel_names"] == {"0": "T2"}
+    assert read_dataset_json(two)["channel_names"] == {"0": "T2", "1": "T1"}
+    values = {
+        file.name: int(sitk.GetArrayFromImage(sitk.ReadImage(str(file))).max()) for file in (two / "imagesTr").iterdir()
+    }
+    assert values == {"a_0000.nii.gz": 11, "a_0001.nii.gz": 10, "b_0000.nii.gz": 21, "b_0001.nii.gz": 20}
+    assert sorted(file.name for file in (one / "imagesTr").iterdir()) == ["a_0000.nii.gz", "b_0000.nii.gz"]
+    assert sorted(file.name for file in (one / "labelsTr").iterdir()) == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_other_channels_in_the_same_place_are_refused(two_channels: Path, tmp_path: Path) -> None:
+    make_cuts(two_channels, tmp_path, {"cuts": [CHANNELS]})
+    other = {**CHANNELS, "sites": {**CHANNELS["sites"], "Dataset712_D": ["T1", "T2"]}}
+    with pytest.raises(FileExistsError, match="Dataset712_D"):
+        make_cuts(two_channels, tmp_path, {"cuts": [other]})
+
+
+@pytest.mark.parametrize("channels", [[], ["T1", "T1"], ["T1", "FLAIR"]])
+def test_channels_that_the_source_lacks_are_refused(channels: list[str], two_channels: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="channels of Dataset711_C"):
+        make_cuts(two_channels, tmp_path, {"cuts": [{**CHANNELS, "sites": {"Dataset711_C": channels}}]})
+    assert not any(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from fedcmt.algorithms.anchors import (
     updated_anchors,
 )
 from fedcmt.algorithms.base import Algorithm, LocalStep
-from fedcmt.params import Params, copy_into
+from fedcmt.params import ParameterError, Params, copy_into
 
 _PREFIX = "anchors."
 
@@ -41,11 +41,17 @@ class AnchorSite(Algorithm):
         """Put the anchors that came into the network, if it has a place for them.
 
         Raises:
-          ParameterError: If their number or width is another than the network's.
+          ParameterError: If their number or width is another than the network's, or none came: attention to no anchor
+            gives constant features.
         """
         self._seen = {}
         if own := _anchor_names(network):
             given = {name: tensor for name, tensor in extras.items() if name in own}
+            if missing := sorted(own - set(given)):
+                raise ParameterError(
+                    f"FedMEPD: this site's network is calibrated, and the server sent no {missing}. Leave "
+                    "algorithm.anchors on, or set planning.network_options.calibrated to false"
+                )
             copy_into(network, given, where="anchors from the fusion site")
 
     def local_loss(self, loss: Tensor, step: LocalStep) -> Tensor:

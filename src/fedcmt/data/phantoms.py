@@ -214,6 +214,7 @@ def make_brain_mr(
     shape_vox: Sequence[int] = (44, 52, 40),
     channels: Sequence[str] = SEQUENCES,
     labels: str = "regions",
+    blank: Sequence[str] = (),
 ) -> Path:
     """Write one dataset of skull-stripped brains with one tumour each.
 
@@ -229,6 +230,7 @@ def make_brain_mr(
       shape_vox: Grid size along x, y, z.
       channels: Any of ``SEQUENCES``, in channel order.
       labels: "regions" or "plain".
+      blank: Some of ``channels`` whose images are zero throughout; the others, and the labels, are the same without it.
 
     Returns:
       ``folder``.
@@ -238,7 +240,7 @@ def make_brain_mr(
       FileExistsError: If ``folder`` holds anything but exactly this dataset.
     """
     found = _style(style, MR_STYLES)
-    spec = BrainMRSpec(num_train, num_test, seed, found, tuple(shape_vox), tuple(channels), labels)
+    spec = BrainMRSpec(num_train, num_test, seed, found, tuple(shape_vox), tuple(channels), labels, tuple(blank))
     spec.check()
     _check_folder_name(folder.name)
     return _make(folder, spec)
@@ -295,6 +297,7 @@ class BrainMRSpec(_Spec):
     shape_vox: tuple[int, ...] = (44, 52, 40)
     channels: tuple[str, ...] = SEQUENCES
     labels: str = "regions"
+    blank: tuple[str, ...] = ()
 
     def check(self) -> None:
         super().check()
@@ -302,17 +305,25 @@ class BrainMRSpec(_Spec):
         _check_names(self.kind, "channels", self.channels, SEQUENCES)
         if self.labels not in ("regions", "plain"):
             raise ValueError(f"brain_mr: labels is {self.labels!r}, expected regions or plain")
+        if self.blank and (not set(self.blank) < set(self.channels)):
+            raise ValueError(f"brain_mr: blank is {self.blank}, expected some, not all, of channels {self.channels}")
 
     def stored(self) -> dict[str, Any]:
         stored = super().stored()
-        if self.labels == "regions":  # folders made before there was a choice stay valid
-            stored["spec"] = {key: value for key, value in stored["spec"].items() if key != "labels"}
+        # Folders made before there was a choice stay valid.
+        left_out = {"labels": self.labels == "regions", "blank": not self.blank}
+        stored["spec"] = {key: value for key, value in stored["spec"].items() if not left_out.get(key, False)}
         return stored
 
     def case(self, split: int, idx: int) -> _Case:
         tissue, label = _brain_anatomy(self.rng(split, idx, "anatomy"), self.shape_vox)
-        images = [_mr_image(self.rng(split, idx, name), tissue, name, self.style) for name in self.channels]
+        images = [self._image(tissue, name, self.rng(split, idx, name)) for name in self.channels]
         return _Case(images, label, _geometry(self.rng(split, idx, "geometry"), self.style.spacing_mm))
+
+    def _image(self, tissue: LabelArray, sequence: str, rng: np.random.Generator) -> FloatArray:
+        if sequence in self.blank:
+            return np.zeros(tissue.shape)
+        return _mr_image(rng, tissue, sequence, self.style)
 
     def dataset_json(self) -> dict[str, object]:
         return {
@@ -565,7 +576,7 @@ def _parse_spec(name: str, request: Mapping[str, object]) -> _Spec:
     if missing := [key for key, field in known.items() if field.default is MISSING and key not in values]:
         raise ValueError(f"{name}: missing keys {missing}; {kind} needs them.")
     styles: Mapping[str, object] = MR_STYLES if kind == "brain_mr" else CT_STYLES
-    for key in ("shape_vox", "channels", "organs"):
+    for key in ("shape_vox", "channels", "organs", "blank"):
         if isinstance(values.get(key), list):
             values[key] = tuple(values[key])  # type: ignore[arg-type]
     try:

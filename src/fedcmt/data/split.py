@@ -19,6 +19,7 @@ from fedcmt.data.case_fields import case_field
 from fedcmt.data.checks import (
     Case,
     DatasetError,
+    channel_names,
     check_dataset,
     find_dataset,
     is_dangling,
@@ -48,11 +49,13 @@ _REQUIRED_KEYS = {
     "domains": (*_COMMON_KEYS, "by", "domains"),
     "deal": (*_COMMON_KEYS, "sites"),
     "partition": ("kind", "source_id", "scheme", "sites", "seed"),
+    "channels": ("kind", "source_id", "sites"),
 }
 _OPTIONAL_KEYS = {
     "domains": ("pooled",),
     "deal": ("box_mm",),
     "partition": PARTITION_KEYS,
+    "channels": (),
 }
 _TASKS = ("segmentation", "organ_boxes")
 
@@ -72,7 +75,8 @@ class _Source:
 class _Share:
     """What one data set gets: cases to train on and to test on, and as whole images or as boxes of ``box_mm``.
 
-    Of a partition also cases to validate on, and the cases that all its sites share.
+    Of a partition also cases to validate on, and the cases that all its sites share. ``channels`` are the indices of
+    the source's channels that it gets, in its own order; None is all.
     """
 
     name: str
@@ -83,6 +87,7 @@ class _Share:
     common_val: Sequence[str] = ()
     common_test: Sequence[str] = ()
     partition: DataPartition | None = None
+    channels: Sequence[int] | None = None
 
     @property
     def folders(self) -> dict[str, list[str]]:
@@ -105,7 +110,8 @@ def make_cuts(source_raw: Path, raw: Path, cohort: Mapping[str, Any], *, links: 
     A cohort is ``{"cuts": [cut, ...]}``, or one cut of kind ``domains`` alone. Every cut takes the cases of the
     source's ``imagesTr``, shuffles them, and deals them to sites; each site sets test cases aside before it takes its
     training cases. All cuts have ``source_id``; ``max_training_cases`` per site; ``test_fraction`` of a site's cases,
-    in (0, 1); ``seed``; ``partition`` can do without the second and third. Further keys, by ``kind``:
+    in (0, 1); ``seed``; ``partition`` can do without the second and third, ``channels`` without the last three. Further
+    keys, by ``kind``:
 
     - ``domains``: cases are grouped by a field of the source's ``provenance.json`` (e.g. the stored type, which tells
       two intensity domains apart), and each group is dealt to sites of its own. ``by`` (the field); ``domains`` (value
@@ -122,6 +128,9 @@ def make_cuts(source_raw: Path, raw: Path, cohort: Mapping[str, Any], *, links: 
       provenance.json lacks); ``patients_csv`` or ``patients_regex`` (see `patient_of_case`); the fractions of
       `Fractions` as ``val_fraction`` and so on; ``common_test`` (name of a data set of the common cases); ``pooled``.
       Paths are relative to the source's folder.
+    - ``channels``: every site gets all cases, to train on, with its own channels alone. ``sites`` (data set name to
+      names of the source's channels, in the order that they are to have). It is for trying sites of different
+      sequences on few images, and the only kind that has a patient at several sites.
 
     Args:
       source_raw: nnUNet_raw folder with the source data sets.
@@ -156,7 +165,12 @@ def dataset_names(cohort: Mapping[str, Any]) -> list[str]:
 
 
 def _plan(source_raw: Path, cohort: Mapping[str, Any]) -> _Plan:
-    make = {"domains": _domain_shares, "deal": _deal_shares, "partition": _partition_shares}
+    make = {
+        "domains": _domain_shares,
+        "deal": _deal_shares,
+        "partition": _partition_shares,
+        "channels": _channel_shares,
+    }
     planned: _Plan = []
     for cut in _cuts(cohort):
         source = _read_source(source_raw, int(cut["source_id"]))
@@ -213,6 +227,7 @@ def _check_cut(cut: _Cut) -> None:
         raise ValueError(f"cohort: a cut of data set {cut['source_id']} names no sites")
     if kind == "partition":
         check_partition(cut)
+    if kind in ("partition", "channels"):
         return
     if not 0 < cut["test_fraction"] < 1:
         raise ValueError(f"cohort: test_fraction is {cut['test_fraction']}; expected a number between 0 and 1")
@@ -232,7 +247,7 @@ def _check_tasks(cut: _Cut) -> None:
 
 
 def _names(cut: _Cut) -> list[str]:
-    if cut["kind"] == "deal":
+    if cut["kind"] in ("deal", "channels"):
         return list(cut["sites"])
     sites = (
         cut["sites"] if cut["kind"] == "partition" else [name for names in cut["domains"].values() for name in names]
@@ -308,6 +323,21 @@ def _partition_shares(source: _Source, cut: _Cut) -> list[_Share]:
     return shares
 
 
+def _channel_shares(source: _Source, cut: _Cut) -> list[_Share]:
+    names = channel_names(source.dataset_json)
+
+    def indices(site: str, wanted: Sequence[str]) -> list[int]:
+        if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(names):
+            raise DatasetError(
+                f"cohort: channels of {site} are {wanted}; expected one or more of {names}, which "
+                f"{source.folder.name} has, each once"
+            )
+        return [names.index(name) for name in wanted]
+
+    cases = sorted(source.cases)
+    return [_Share(site, cases, [], channels=indices(site, wanted)) for site, wanted in cut["sites"].items()]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -334,6 +364,8 @@ def _spec(source: _Source, share: _Share, target: Path) -> dict[str, Any]:
     spec: dict[str, Any] = {"source": where, "train": share.train, "test": share.test}
     if share.box_mm is not None:
         spec["box_mm"] = list(share.box_mm)
+    if share.channels is not None:
+        spec["channels"] = list(share.channels)
     if share.partition is not None:
         spec |= {key: list(getattr(share, key)) for key in ("val", "common_val", "common_test")}
         spec["partition_sha256"] = share.partition.sha256()
@@ -349,7 +381,7 @@ def _make(source: _Source, share: _Share, target: Path, links: Links) -> Path:
         shutil.rmtree(partial)  # it may be of another cut, whose cases would become this one's
     splits = {suffix: {case: source.cases[case] for case in ids} for suffix, ids in share.folders.items()}
     if share.box_mm is None:
-        _link(partial, target.name, source.dataset_json, splits, links)
+        _link(partial, target.name, source.dataset_json, splits, links, share.channels)
     else:
         check_dataset(source.folder, num_folds=None)  # boxes are read with SimpleITK, which hides damage
         write_organ_boxes(partial, target.name, source.dataset_json, splits, share.box_mm)
@@ -366,16 +398,21 @@ def _link(
     dataset_json: Mapping[str, Any],
     splits: Mapping[str, Mapping[str, Case]],
     links: Links,
+    channels: Sequence[int] | None,
 ) -> None:
-    """A data set of links to whole images."""
+    """A data set of links to whole images, of all channels or of some."""
+    names, ending = channel_names(dataset_json), dataset_json["file_ending"]
+    chosen = range(len(names)) if channels is None else channels
     for split, cases in splits.items():
         for kind in ("images", "labels"):
             (folder / f"{kind}{split}").mkdir(parents=True)
-        for case in cases.values():
-            for file in case.images:
-                _link_file(folder / f"images{split}" / file.name, file, links)
+        for case_id, case in cases.items():
+            for number, channel in enumerate(chosen):
+                link = folder / f"images{split}" / f"{case_id}_{number:04d}{ending}"
+                _link_file(link, case.images[channel], links)
             _link_file(folder / f"labels{split}" / case.label.name, case.label, links)
     own = {**dataset_json, "name": name, "numTraining": len(splits["Tr"])}
+    own["channel_names"] = {str(number): names[channel] for number, channel in enumerate(chosen)}
     write_json(folder / "dataset.json", own, indent=2)
 
 

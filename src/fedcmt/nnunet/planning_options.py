@@ -38,6 +38,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
 NETWORK_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "MUNet": {"norm": ("instance", "group"), "cmm_norm": CMM_NORMS, "strict_compat": (False, True)},
     "FedMEPDNet": {
+        "calibrated": (True, False),
         "calibration": ("replace", "add"),
         "anchors_per_class": tuple(range(1, 17)),
         "attention_dropout": (0.0, 0.1),

@@ -140,13 +140,16 @@ def with_sequences(plans: Plans, channels: Sequence[str], *, calibrated: bool) -
     Args:
       plans: Not changed.
       channels: nnU-Net's channel names in the site's order.
-      calibrated: Whether features are calibrated by anchors: at every site but the one they come from.
+      calibrated: Whether features are calibrated by anchors: at every site but the one they come from. Plans that say
+        false themselves are for a federation without anchors.
     """
     own = copy.deepcopy(plans)
     for configuration in own["configurations"].values():
         architecture = configuration.get("architecture", {})
         if architecture.get("network_class_name") == _path(FedMEPDNet):
-            architecture["arch_kwargs"] |= {"sequences": list(canonical(channels)), "calibrated": calibrated}
+            arguments = architecture["arch_kwargs"]
+            arguments["sequences"] = list(canonical(channels))
+            arguments["calibrated"] = calibrated and arguments.get("calibrated", True)
     return own
 
 
