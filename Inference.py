@@ -9,6 +9,11 @@ site that classifies; scored where there are references:
 Any folder of images with one site's model:
 
     python Inference.py --workspace workspace/brats_sdl --clients client1 --input my_images --output my_results
+
+With FedMEPDNet or MUNet, from some of the sequences that the model was trained on, or from each subset in turn:
+
+    python Inference.py --workspace workspace/brats_fedmepd --clients fusion --channels FLAIR,T2
+    python Inference.py --workspace workspace/brats_fedmepd --clients fusion --every_subset
 """
 
 import argparse
@@ -29,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from fedcmt.data.checks import DatasetError
 from fedcmt.evaluation.metrics import EvaluationError
+from fedcmt.evaluation.subsets import AS_MARKDOWN, Subset, SubsetError, chosen_sequences, folder_name, sequences_of
 from fedcmt.evaluation.tables import results_table
+from fedcmt.json_file import JsonFileError, read_json
 
 SEGMENTATION, CLASSIFICATION = "segmentation", "classification"
 
@@ -46,11 +53,13 @@ class Work:
       client: Site name.
       model: nnU-Net model folder.
       images: Folder of images.
-      output: Folder for label maps or probabilities, and for scores.
+      output: Folder for label maps or probabilities, and for scores; for every subset, the folder of those folders.
       labels: Folder of reference label maps; for classification the data set folder with the cases' classes. None
         without references.
       task: What the model does.
       class_source: Where in ``labels`` the classes are, as `read_classes` takes it; None for segmentation.
+      sequences: Those of the model's to go by; None for all channels.
+      every_subset: Go by each subset of the model's sequences in turn; ``labels`` are there.
     """
 
     client: str
@@ -60,6 +69,8 @@ class Work:
     labels: Path | None
     task: str = SEGMENTATION
     class_source: str | None = None
+    sequences: Subset | None = None
+    every_subset: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,6 +108,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--input", type=Path, help="folder of images CASE_0000.nii.gz ...; default: imagesTs of the data set"
     )
     parser.add_argument("--output", type=Path, help="default: <model folder>/predictions/<name of the input folder>")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument(
+        "--channels",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="NAME,...",
+        help="predict from these of the model's sequences alone; files of the others are not read and may be absent; "
+        "FedMEPDNet and MUNet",
+    )
+    some.add_argument(
+        "--every_subset",
+        action="store_true",
+        help="predict from every subset of the model's sequences, and write a table of their scores, subsets.csv and "
+        "subsets.md, beside the subsets' folders; FedMEPDNet and MUNet",
+    )
     parser.add_argument(
         "--labels",
         type=Path,
@@ -191,15 +216,66 @@ def plan_client(client: str, site: Mapping, args: argparse.Namespace) -> Work:
         raise UserError(f"client {client}: no folder of images {images}. {hint}")
     if args.labels is not None and not args.labels.is_dir():
         raise UserError(f"client {client}: no folder of labels {args.labels}. Check --labels.")
-    output = args.output or model / "predictions" / images.resolve().name
     dataset = images.parent if args.input is None else None
+    sequences = plan_sequences(client, site, model, args)
+    output = args.output or plan_output(model, images, sequences, args.every_subset)
     if task_of(site) == CLASSIFICATION:
         labels, source = plan_classes(client, site, dataset, args.labels)
         return Work(client, model, images, output, labels, CLASSIFICATION, source)
-    labels = args.labels
-    if labels is None and dataset is not None and (dataset / "labelsTs").is_dir():
-        labels = dataset / "labelsTs"
-    return Work(client, model, images, output, labels)
+    labels = plan_labels(client, dataset, args)
+    return Work(client, model, images, output, labels, sequences=sequences, every_subset=args.every_subset)
+
+
+def plan_labels(client: str, dataset: Path | None, args: argparse.Namespace) -> Path | None:
+    """The folder of reference label maps; None if there is none.
+
+    Args:
+      client: Site name.
+      dataset: The data set the images belong to; None for images from elsewhere.
+      args: Options of the command line.
+
+    Raises:
+      UserError: If every subset is to be scored without any.
+    """
+    if args.labels is not None:
+        return args.labels
+    if dataset is not None and (dataset / "labelsTs").is_dir():
+        return dataset / "labelsTs"
+    if args.every_subset:
+        raise UserError(f"client {client}: --every_subset needs label maps to score against. Give --labels.")
+    return None
+
+
+def plan_sequences(client: str, site: Mapping, model: Path, args: argparse.Namespace) -> Subset | None:
+    """The sequences that --channels means; None without it.
+
+    Raises:
+      UserError: If the model does not have them, or no sequences at all.
+    """
+    if args.channels is None and not args.every_subset:
+        return None
+    if task_of(site) == CLASSIFICATION:
+        raise UserError(
+            f"client {client}: a classification model needs every channel. Leave out --channels and --every_subset."
+        )
+    try:
+        dataset_json = read_json(model / "dataset.json")
+        if args.channels is not None:
+            return chosen_sequences(dataset_json, args.channels)
+        sequences_of(dataset_json)
+    except JsonFileError as error:
+        raise UserError(f"client {client}: {error}. Restore the model folder.") from error
+    except SubsetError as error:
+        raise UserError(f"client {client}: {error}") from error
+    return None
+
+
+def plan_output(model: Path, images: Path, sequences: Subset | None, every_subset: bool) -> Path:
+    """Where label maps or probabilities go unless --output says."""
+    predictions, name = model / "predictions", images.resolve().name
+    if every_subset:
+        return predictions
+    return predictions / (name if sequences is None else folder_name(name, sequences))
 
 
 def plan_classes(
@@ -293,8 +369,10 @@ def predict(work: Work, args: argparse.Namespace, gpu: int | None) -> None:
     try:
         if classifies:
             prediction.classify(work.model, work.images, work.output, work.labels, work.class_source, settings)
+        elif work.every_subset and work.labels is not None:
+            prediction.segment_subsets(work.model, work.images, work.output, work.labels, settings)
         else:
-            prediction.segment(work.model, work.images, work.output, work.labels, settings)
+            prediction.segment(work.model, work.images, work.output, work.labels, settings, work.sequences)
     except PredictionInputError as error:
         raise UserError(str(error)) from error
     print(f"{work.client}: {'probabilities' if classifies else 'label maps'} in {work.output}", flush=True)
@@ -340,6 +418,9 @@ def child_command(client: str, args: argparse.Namespace) -> list[str]:
     """This script for one client; its one visible GPU is number 0."""
     command = [sys.executable, __file__, "--one_of_several", "--workspace", str(args.workspace), "--clients", client]
     command += ["--checkpoint", args.checkpoint]
+    if args.channels is not None:
+        command.append(f"--channels={','.join(args.channels)}")
+    command += ["--every_subset"] * args.every_subset
     return command + ["--disable_tta"] * args.disable_tta + ["--verbose"] * args.verbose
 
 
@@ -361,14 +442,18 @@ def cpu_places(num_sites: int) -> list[dict[str, str]]:
 
 
 def show_scores(works: Sequence[Work], failed: Sequence[str]) -> None:
-    """Print a table of the sites that were scored."""
-    scored = [work for work in works if work.client not in failed and (work.output / "metrics.json").is_file()]
-    if scored:
-        sites = {
-            work.client: {"task": work.task, "test": json.loads((work.output / "metrics.json").read_text())}
-            for work in scored
-        }
-        print("\n" + results_table({"sites": sites}), end="")
+    """Print a table of the sites that were scored; where every subset was, one for each site."""
+    done = [work for work in works if work.client not in failed]
+    tests = {
+        work.client: {"task": work.task, "test": json.loads((work.output / "metrics.json").read_text())}
+        for work in done
+        if not work.every_subset and (work.output / "metrics.json").is_file()
+    }
+    if tests:
+        print("\n" + results_table({"sites": tests}), end="")
+    for work in done:
+        if work.every_subset:
+            print(f"\n{work.client}: {(work.output / AS_MARKDOWN).read_text(encoding='utf-8')}", end="")
     if failed:
         print(f"error: {len(failed)} of {len(works)} clients failed: {', '.join(failed)}; see above.", file=sys.stderr)
 

@@ -16,6 +16,7 @@ import Inference
 from fedcmt.evaluation.classification import read_probabilities
 from tests.nnunet.tiny_classifier import CLASSES, constant_parameters, export_tiny_classifier
 from tests.nnunet.tiny_model import DATASET_JSON, as_image, export_tiny, random_parameters, write_images
+from tests.nnunet.tiny_sequences import export_sequences, sequence_parameters
 
 DATASETS = {"client1": "Dataset901_Tiny", "client2": "Dataset902_Tiny"}
 
@@ -66,6 +67,18 @@ def write_dataset(folder: Path, test: tuple[str, ...]) -> Path:
     cases = {"a_01": 2, **training, **dict.fromkeys(test, 0)}
     (folder / "classes.json").write_text(json.dumps({"classes": CLASSES, "cases": cases}))
     return folder
+
+
+@pytest.fixture
+def fedmepd(workspace: Path) -> Path:
+    """The workspace with FedMEPDNet at both sites, and label maps at both."""
+    for client, dataset in DATASETS.items():
+        model = workspace / "sites" / client / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+        export_sequences(model, "FedMEPDNet", sequence_parameters("FedMEPDNet"))
+        labels = workspace / "nnUNet_raw" / dataset / "labelsTs"
+        labels.mkdir(exist_ok=True)
+        sitk.WriteImage(as_image(np.full((13, 22, 19), 1, np.uint8)), str(labels / "a_01.nii.gz"))
+    return workspace
 
 
 def output_of(workspace: Path, client: str) -> Path:
@@ -202,12 +215,124 @@ def test_both_tasks_run_side_by_side(workspace: Path, classifier: Path) -> None:
     assert [table.splitlines()[-1].split()[0] for table in tables[-2:]] == ["client1", "client2"]
 
 
-def run_all(workspace: Path) -> subprocess.CompletedProcess[str]:
+def test_some_channels_have_a_folder_of_their_own_and_need_no_other_files(
+    fedmepd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = ["--workspace", str(fedmepd), "--clients", "client1", "--channels", "t2w, FLAIR"]
+    assert Inference.main(here) == 0
+    folder = output_of(fedmepd, "client1").with_name("imagesTs-FLAIR+T2")
+    assert {f.name for f in folder.iterdir()} == {"a_01.nii.gz", "metrics.json", "metrics.csv"}
+    assert not output_of(fedmepd, "client1").exists()
+    scores = json.loads((folder / "metrics.json").read_text())
+    assert f"client1      1  {scores['dice']['oedema']:.4f}  " in capsys.readouterr().out
+    images = fedmepd / "nnUNet_raw" / DATASETS["client1"] / "imagesTs"
+    (images / "a_01_0000.nii.gz").unlink()
+    (images / "a_01_0001.nii.gz").write_bytes(b"garbage")
+    assert Inference.main([*here, "--input", str(images), "--output", str(tmp_path / "o")]) == 0
+    found, expected = (sitk.ReadImage(str(f / "a_01.nii.gz")) for f in (tmp_path / "o", folder))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(found), sitk.GetArrayFromImage(expected))
+
+
+def test_every_subset_is_scored_and_shown_as_one_table(fedmepd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Inference.main(["--workspace", str(fedmepd), "--clients", "client1", "--every_subset"]) == 0
+    predictions = output_of(fedmepd, "client1").parent
+    folders = {path.name for path in predictions.iterdir() if path.is_dir()}
+    assert len(folders) == 15
+    assert {"imagesTs-T1", "imagesTs-FLAIR+T1ce+T1+T2"} < folders
+    with (predictions / "subsets.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15
+    marks = {name: rows[6][name] for name in ("FLAIR", "T1ce", "T1", "T2")}
+    assert marks == {"FLAIR": "1", "T1ce": "0", "T1": "0", "T2": "1"}
+    scores = json.loads((predictions / "imagesTs-FLAIR+T2" / "metrics.json").read_text())
+    values = [float(rows[6][name]) for name in ("oedema", "core", "mean_dice")]
+    assert values == [scores["dice"]["oedema"], scores["dice"]["core"], scores["mean_dice"]]
+    assert len({row["oedema"] for row in rows}) > 10
+    out = capsys.readouterr().out
+    assert "client1: 0 of 15 cases segmented" in out
+    assert out.count(" of 15 cases segmented") == 16
+    assert out.endswith(f"\nclient1: {(predictions / 'subsets.md').read_text()}")
+
+
+def test_every_subset_and_some_channels_reach_the_child_processes(
+    fedmepd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The children run one after the other in this process, each with its own command line."""
+    ran: list[list[str]] = []
+
+    def in_turn(works: list[Inference.Work], args: Namespace, gpus: list[int]) -> list[str]:
+        ran.extend(Inference.child_command(work.client, args)[2:] for work in works)
+        return [work.client for work, command in zip(works, ran, strict=True) if Inference.main(command)]
+
+    monkeypatch.setattr(Inference, "run_side_by_side", in_turn)
+    for client in DATASETS:
+        use_one_sequence(fedmepd, client)
+    assert Inference.main(["--workspace", str(fedmepd), "--every_subset"]) == 0
+    out = capsys.readouterr().out
+    for client in DATASETS:
+        table = (output_of(fedmepd, client).parent / "subsets.md").read_text()
+        assert table.splitlines()[-1].startswith("|   ●   | ")
+        assert out.count(f"\n{client}: {table}") == 1
+    ran.clear()
+    assert Inference.main(["--workspace", str(fedmepd), "--channels", "t2f"]) == 0
+    assert all("--channels=t2f" in command for command in ran)
+    assert all(output_of(fedmepd, client).with_name("imagesTs-FLAIR").is_dir() for client in DATASETS)
+
+
+def use_one_sequence(workspace: Path, client: str) -> None:
+    """A FedMEPDNet of FLAIR alone, and images of it."""
+    folder = workspace / "sites" / client / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    parameters = sequence_parameters("FedMEPDNet", ("FLAIR",))
+    export_sequences(folder, "FedMEPDNet", parameters, ("FLAIR",))
+    for channel in (1, 2, 3):
+        (workspace / "nnUNet_raw" / DATASETS[client] / "imagesTs" / f"a_01_{channel:04d}.nii.gz").unlink()
+
+
+def test_channels_a_model_lacks_or_cannot_do_without_are_told(
+    fedmepd: Path, classifier: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Inference, "predict", lambda *args, **kwargs: pytest.fail("nothing must be loaded"))
+        one = ("--workspace", fedmepd, "--clients", "client1")
+        expected = "expected one or more of the model's ['T1', 'T1ce', 'T2', 'FLAIR']"
+        assert f"client client1: channels ['ADC'], {expected}" in fails(capsys, *one, "--channels", "ADC")
+        assert f"channels ['FLAIR', ''], {expected}" in fails(capsys, *one, "--channels", "FLAIR,")
+        for option in (("--channels", "T2"), ("--every_subset",)):
+            message = fails(capsys, "--workspace", fedmepd, "--clients", "client2", *option)
+            assert "client client2: a classification model needs every channel" in message
+        outside = fedmepd / "nnUNet_raw" / DATASETS["client1"] / "imagesTs"
+        message = fails(capsys, *one, "--every_subset", "--input", outside)
+        assert "client client1: --every_subset needs label maps" in message
+        (fedmepd / "sites/client1/nnUNetTrainer__nnUNetPlans__3d_fullres/dataset.json").unlink()
+        assert "dataset.json: file not found. Restore the model folder." in fails(capsys, *one, "--channels", "T2")
+
+
+def test_a_stock_network_needs_every_channel(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "--workspace", workspace, "--clients", "client1", "--channels", "T2")
+    assert "a PlainConvUNet, which needs every channel, not T2 alone" in message
+
+
+def test_an_older_table_goes_before_the_first_subset(fedmepd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = output_of(fedmepd, "client1").parent
+    predictions.mkdir()
+    (predictions / "subsets.md").write_text("old")
+    (fedmepd / "sites/client1/nnUNetTrainer__nnUNetPlans__3d_fullres/fold_all/checkpoint_final.pth").unlink()
+    here = ("--workspace", fedmepd, "--clients", "client1", "--every_subset")
+    assert "checkpoint_final.pth: missing" in fails(capsys, *here)
+    assert (predictions / "subsets.md").exists()
+    export_tiny(
+        fedmepd / "sites/client1/nnUNetTrainer__nnUNetPlans__3d_fullres", random_parameters(11), mirroring_axes=None
+    )
+    assert "which needs every channel" in fails(capsys, *here)
+    assert not (predictions / "subsets.md").exists()
+
+
+def run_all(workspace: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """From another folder and without PYTHONPATH, as a user would call it."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "nnUNet_raw")}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
-        [sys.executable, Inference.__file__, "--workspace", "."],
+        [sys.executable, Inference.__file__, "--workspace", ".", *options],
         cwd=workspace,
         env=environment,
         capture_output=True,
@@ -304,7 +429,7 @@ def test_sites_go_round_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", FakeChild)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     works = [Inference.Work(c, Path("m"), Path("i"), Path("o"), None) for c in "abcd"]
-    args = Namespace(sites_per_gpu=1, workspace=Path("w"), checkpoint="final", disable_tta=True, verbose=False)
+    args = Inference.parse(["--workspace", "w", "--disable_tta"])
     assert Inference.run_side_by_side(works, args, [0, 1]) == ["c"]
     assert FakeChild.seen == [("a", "4", 1), ("b", "6", 2), ("c", "4", 1), ("d", "6", 2)]
 

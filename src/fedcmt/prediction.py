@@ -4,16 +4,19 @@ References are compared with the images by name before anything is predicted: fo
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from fedcmt.data.checks import list_cases, read_dataset_json
+from fedcmt.data.checks import read_dataset_json
 from fedcmt.data.classes import UNKNOWN, CaseClasses, read_classes
-from fedcmt.evaluation.metrics import EvaluationError, evaluate_folder, write_scores
+from fedcmt.evaluation.metrics import EvaluationError, FolderScores, evaluate_folder, write_scores
+from fedcmt.evaluation.subsets import AS_CSV, AS_MARKDOWN, Subset, folder_name, sequences_of, subsets_of, write_subsets
 from fedcmt.nnunet.classify import classify_folder, model_classes, write_classification
-from fedcmt.nnunet.predict import check_model, predict_folder
+from fedcmt.nnunet.predict import check_images, check_model, list_images, predict_folder
+
+_SCORES = ("metrics.json", "metrics.csv")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,14 @@ class PredictionSettings:
     progress: Callable[[int, int], None]
 
 
-def segment(model: Path, images: Path, output: Path, labels: Path | None, settings: PredictionSettings) -> None:
+def segment(
+    model: Path,
+    images: Path,
+    output: Path,
+    labels: Path | None,
+    settings: PredictionSettings,
+    sequences: Subset | None = None,
+) -> None:
     """Write label maps, and ``metrics.json`` and ``metrics.csv`` with reference label maps.
 
     Args:
@@ -42,19 +52,58 @@ def segment(model: Path, images: Path, output: Path, labels: Path | None, settin
       output: Created if needed; what of these files it holds is replaced.
       labels: Folder of reference label maps; None for no scores.
       settings: How to predict.
+      sequences: Those of the model's to go by, as in `predict_folder`; None for all channels.
 
     Raises:
       DatasetError, PredictionInputError, OSError: As in `predict_folder`.
       EvaluationError: If a reference has no images, or as in `evaluate_folder`.
     """
     dataset_json = check_model(model, settings.checkpoint)
-    ending = dataset_json["file_ending"]
     if labels is not None:
-        _check_label_maps(labels, ending, _cases(images, dataset_json))
-    _discard_scores(output)
-    predict_folder(model, images, output, **vars(settings))
+        _check_label_maps(labels, dataset_json["file_ending"], list_images(images, dataset_json, sequences))
+    _discard(output, _SCORES)
+    predict_folder(model, images, output, **vars(settings), sequences=sequences)
     if labels is not None:
-        write_scores(evaluate_folder(output, labels, dataset_json, ending), output)
+        _score(output, labels, dataset_json)
+
+
+def segment_subsets(model: Path, images: Path, output: Path, labels: Path, settings: PredictionSettings) -> None:
+    """`segment` from every subset of a model's sequences, with scores, and a table of these.
+
+    Everything is checked before the first subset. ``settings.progress`` counts a case once for each subset.
+
+    Args:
+      model: Model folder.
+      images: Folder of images with all of the model's channels.
+      output: Gets a folder for each subset, named as `folder_name` does, ``subsets.csv`` and ``subsets.md``.
+      labels: Folder of reference label maps.
+      settings: How to predict.
+
+    Raises:
+      SubsetError: If a channel of the model is no MR sequence.
+      DatasetError, PredictionInputError, EvaluationError, OSError: As in `segment`.
+    """
+    dataset_json = check_model(model, settings.checkpoint)
+    subsets = subsets_of(sequences_of(dataset_json))
+    _check_label_maps(labels, dataset_json["file_ending"], check_images(images, dataset_json))
+    _discard(output, (AS_CSV, AS_MARKDOWN))
+    scores = {}
+    for number, subset in enumerate(subsets):
+        folder = output / folder_name(images.resolve().name, subset)
+        part = replace(settings, progress=_progress_of_part(settings.progress, number, len(subsets)))
+        segment(model, images, folder, None, part, subset)
+        scores[subset] = _score(folder, labels, dataset_json)
+    write_subsets(scores, output)
+
+
+def _progress_of_part(whole: Callable[[int, int], None], number: int, parts: int) -> Callable[[int, int], None]:
+    """Tells how far a sequence of equally long parts is, from within one of them."""
+
+    def report(done: int, total: int) -> None:
+        if done or number == 0:  # else it repeats the end of the part before
+            whole(number * total + done, parts * total)
+
+    return report
 
 
 def classify(
@@ -75,16 +124,17 @@ def classify(
       EvaluationError: If the classes are not those of the model or lack a case.
     """
     dataset_json, names = check_model(model, settings.checkpoint), model_classes(model)
-    cases = _cases(images, dataset_json)
+    cases = list_images(images, dataset_json)
     classes = None if dataset is None or source is None else _true_classes(dataset, source, names, cases)
-    _discard_scores(output)
+    _discard(output, _SCORES)
     probabilities = classify_folder(model, images, **vars(settings))
     write_classification(output, probabilities, names, classes)
 
 
-def _cases(images: Path, dataset_json: Mapping[str, object]) -> list[str]:
-    folder = images.resolve()
-    return list(list_cases(folder.parent, dataset_json, images=folder.name))
+def _score(predictions: Path, labels: Path, dataset_json: Mapping) -> FolderScores:
+    scores = evaluate_folder(predictions, labels, dataset_json, dataset_json["file_ending"])
+    write_scores(scores, predictions)
+    return scores
 
 
 def _check_label_maps(labels: Path, ending: str, cases: Collection[str]) -> None:
@@ -114,7 +164,7 @@ def _true_classes(dataset: Path, source: str, names: Sequence[str], cases: Colle
     return classes if any(classes.cases[case] != UNKNOWN for case in cases) else None
 
 
-def _discard_scores(folder: Path) -> None:
+def _discard(folder: Path, names: Sequence[str]) -> None:
     """Or those of older predictions would stand beside the new ones."""
-    for name in ("metrics.json", "metrics.csv"):
+    for name in names:
         (folder / name).unlink(missing_ok=True)

@@ -9,8 +9,10 @@ import SimpleITK as sitk
 import torch
 
 from fedcmt.data.checks import DatasetError
-from fedcmt.nnunet.predict import PredictionInputError, predict_folder
-from tests.nnunet.tiny_model import DIRECTION, ORIGIN, SPACING, export_tiny, random_parameters, write_images
+from fedcmt.evaluation.subsets import SubsetError
+from fedcmt.nnunet.predict import PredictionInputError, load_predictor, predict_folder
+from tests.nnunet.tiny_model import DIRECTION, ORIGIN, SHAPE, SPACING, export_tiny, random_parameters, write_images
+from tests.nnunet.tiny_sequences import LABELS, export_sequences, sequence_parameters
 
 CPU = torch.device("cpu")
 
@@ -136,3 +138,143 @@ def test_a_broken_dataset_json_of_the_model_is_named(images: Path, tmp_path: Pat
 def test_incomplete_model_folder_is_told(model: Path, images: Path, tmp_path: Path) -> None:
     with pytest.raises(PredictionInputError, match=r"checkpoint_best\.pth: missing"):
         predict_folder(model, images, tmp_path, device=CPU, checkpoint="checkpoint_best.pth")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Some of the sequences
+
+FLAIR_T2 = (2, 3)  # channels of T2 and FLAIR
+NETWORKS = ("FedMEPDNet", "MUNet")
+
+
+@pytest.fixture(scope="module")
+def sequence_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: export_sequences(root / name, name, sequence_parameters(name)) for name in NETWORKS}
+
+
+def write_sequences(folder: Path, cases: tuple[str, ...] = ("a",)) -> Path:
+    """Images of which T1ce covers all and the others an ever smaller part of the field of view."""
+    write_images(folder, cases)
+    for case in cases:
+        for channel, start in ((0, 1), (2, 3), (3, 5)):
+            file = folder / f"{case}_{channel:04d}.nii.gz"
+            image = sitk.ReadImage(str(file))
+            image[:start, :, :] = 0
+            image[:, :start, :] = 0
+            sitk.WriteImage(image, str(file))
+    return folder
+
+
+def without(images: Path, folder: Path, kept: tuple[int, ...], stand_in: str) -> Path:
+    """A copy in which the other channels are "absent", "garbage" or "zeros"."""
+    folder.mkdir()
+    for file in images.iterdir():
+        if int(file.name[-11:-7]) in kept:
+            (folder / file.name).write_bytes(file.read_bytes())
+        elif stand_in == "garbage":
+            (folder / file.name).write_bytes(b"no image")
+        elif stand_in == "zeros":
+            sitk.WriteImage(sitk.ReadImage(str(file)) * 0, str(folder / file.name))
+    return folder
+
+
+def predicted(model: Path, images: Path, output: Path, sequences: tuple[str, ...] | None = None) -> np.ndarray:
+    """The label map of the first case."""
+    return voxels(predict_folder(model, images, output, device=CPU, sequences=sequences)[0])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_files_of_other_channels_make_no_difference(
+    sequence_models: dict[str, Path], tmp_path: Path, network: str
+) -> None:
+    model, images = sequence_models[network], write_sequences(tmp_path / "i", ("a", "b"))
+    present = predicted(model, images, tmp_path / "present", ("flair", "T2w"))
+    for stand_in in ("absent", "garbage"):
+        folder = without(images, tmp_path / stand_in, FLAIR_T2, stand_in)
+        written = predict_folder(model, folder, tmp_path / f"out-{stand_in}", device=CPU, sequences=["T2", "FLAIR"])
+        assert [file.name for file in written] == ["a.nii.gz", "b.nii.gz"]
+        np.testing.assert_array_equal(voxels(written[0]), present)
+    assert set(np.unique(present)) == set(LABELS.values())
+    assert not np.array_equal(present, predicted(model, images, tmp_path / "all"))
+    assert not np.array_equal(present, predicted(model, images, tmp_path / "other", ("T2",)))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_all_sequences_by_name_give_the_ordinary_label_map(
+    sequence_models: dict[str, Path], tmp_path: Path, network: str
+) -> None:
+    model, images = sequence_models[network], write_sequences(tmp_path / "i")
+    named = predicted(model, images, tmp_path / "named", ("T1", "T2", "T1ce", "FLAIR"))
+    np.testing.assert_array_equal(named, predicted(model, images, tmp_path / "all"))
+
+
+def test_munet_sees_what_images_of_zeros_give(sequence_models: dict[str, Path], tmp_path: Path) -> None:
+    model, images = sequence_models["MUNet"], write_sequences(tmp_path / "i")
+    zeros = without(images, tmp_path / "zeros", FLAIR_T2, "zeros")
+    ours = predicted(model, images, tmp_path / "ours", ("FLAIR", "T2"))
+    np.testing.assert_array_equal(ours, predicted(model, zeros, tmp_path / "expected"))
+
+
+def test_fedmepd_gives_the_label_map_of_its_network_under_only(
+    sequence_models: dict[str, Path], tmp_path: Path
+) -> None:
+    model, images = sequence_models["FedMEPDNet"], write_sequences(tmp_path / "i")
+    predictor = load_predictor(model, "checkpoint_final.pth", device=CPU, mirroring=False)
+    reader = predictor.plans_manager.image_reader_writer_class()
+    image, geometry = reader.read_images([str(images / f"a_{c:04d}.nii.gz") for c in range(4)])
+    assert image.shape == (4, *SHAPE)
+    image[0] = image[1] = 0  # T1 and T1ce
+    with predictor.network.only(["FLAIR", "T2"]):
+        expected = predictor.predict_single_npy_array(image, geometry, None, None, False)
+    ours = predicted(model, images, tmp_path / "ours", ("FLAIR", "T2"))
+    np.testing.assert_array_equal(ours, expected)
+    everything = predictor.predict_single_npy_array(image, geometry, None, None, False)
+    assert not np.array_equal(ours, everything), "encoders that see zeros do have a part in the result"
+
+
+def test_encoders_of_other_sequences_do_not_run(sequence_models: dict[str, Path], tmp_path: Path) -> None:
+    images, parameters = write_sequences(tmp_path / "i"), sequence_parameters("FedMEPDNet")
+    for name, tensor in parameters.items():
+        if name.startswith(("encoders.T1.", "encoders.T1ce.")):
+            tensor.fill_(torch.nan)
+    broken = export_sequences(tmp_path / "model", "FedMEPDNet", parameters)
+    ours = predicted(broken, images, tmp_path / "ours", ("T2", "FLAIR"))
+    whole = sequence_models["FedMEPDNet"]
+    np.testing.assert_array_equal(ours, predicted(whole, images, tmp_path / "expected", ("FLAIR", "T2")))
+
+
+def test_a_network_that_needs_every_channel_is_told(model: Path, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(PredictionInputError, match="a PlainConvUNet, which needs every channel, not FLAIR, T2 alone"):
+        predict_folder(model, images, tmp_path / "out", device=CPU, sequences=["T2", "FLAIR"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sequence_the_model_lacks_is_told_before_it_is_loaded(images: Path, tmp_path: Path) -> None:
+    model = export_tiny(tmp_path / "model", random_parameters(11))
+    (model / "fold_all" / "checkpoint_final.pth").write_bytes(b"not to be opened")
+    with pytest.raises(SubsetError, match=r"channels \['ADC'\], expected .*\['T1', 'T1ce', 'T2', 'FLAIR'\]"):
+        predict_folder(model, images, tmp_path / "out", device=CPU, sequences=["ADC"])
+
+
+def test_a_chosen_channel_that_is_missing_is_named(sequence_models: dict[str, Path], tmp_path: Path) -> None:
+    model, images = sequence_models["MUNet"], write_sequences(tmp_path / "i", ("a", "b"))
+    (images / "b_0003.nii.gz").unlink()
+    with pytest.raises(
+        DatasetError, match=r"i: 1 problem in .*\n- i/b_0003\.nii\.gz is missing \(channel 3, 'FLAIR'\)"
+    ):
+        predict_folder(model, images, tmp_path / "out", device=CPU, sequences=["T2", "FLAIR"])
+    (images / "b_0002.nii.gz").write_bytes(b"no image")
+    with pytest.raises(PredictionInputError, match=r"b_0002\.nii\.gz: not a readable image"):
+        predict_folder(model, images, tmp_path / "out", device=CPU, sequences=["T2"])
+    with pytest.raises(DatasetError, match="absent holds no images"):
+        predict_folder(model, tmp_path / "absent", tmp_path / "out", device=CPU, sequences=["T2"])
+
+
+def test_a_case_without_content_in_the_chosen_channels_is_named(
+    sequence_models: dict[str, Path], tmp_path: Path
+) -> None:
+    model, images = sequence_models["MUNet"], write_sequences(tmp_path / "i")
+    zeros = without(images, tmp_path / "zeros", FLAIR_T2, "zeros")
+    with pytest.raises(PredictionInputError, match="case a: zero everywhere in T1, so there is nothing"):
+        predict_folder(model, zeros, tmp_path / "out", device=CPU, sequences=["T1"])

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import logging
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,13 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import nn
 
-from fedcmt.data.checks import list_cases
+from fedcmt.data.checks import channel_names, list_cases, raise_if
+from fedcmt.evaluation.subsets import Subset, chosen_sequences, sequences_of
 from fedcmt.json_file import JsonFileError, read_json
+from fedcmt.models.fedmepd import FedMEPDNet
+from fedcmt.models.munet import MUNet
 from fedcmt.nnunet.export import CLASSES_FILE
 from fedcmt.nnunet.normalization import with_own_schemes
 
@@ -35,6 +40,7 @@ def predict_folder(
     checkpoint: str = "checkpoint_final.pth",
     mirroring: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    sequences: Sequence[str] | None = None,
 ) -> list[Path]:
     """Segment every case of a folder.
 
@@ -51,14 +57,19 @@ def predict_folder(
       checkpoint: File name.
       mirroring: Average over mirrored inputs along the axes the checkpoint allows; slower (8 times in 3d).
       progress: Called with (cases done, cases in all), at first with 0.
+      sequences: Go by these channels alone, under any name that `fedcmt.models.sequences` knows; files of the others
+        are not opened and may be absent. In their place nnU-Net's preprocessing gets zeros, so crop and normalisation
+        are those of a site without them. For `FedMEPDNet`, whose other encoders do not run, and `MUNet`. None for all.
 
     Returns:
       The label maps, by case name: each with the size, spacing, origin and direction of its input.
 
     Raises:
       DatasetError: If there are no images, or a case lacks a channel or has one too many; names the files.
+      SubsetError: If ``sequences`` are not some of the model's.
       PredictionInputError: If the model folder lacks a file or its dataset.json is broken, the model is a classifier or
-        a cascade, or an image cannot be read in full or does not fit the other channels of its case.
+        a cascade, or an image cannot be read in full or does not fit the other channels of its case; with
+        ``sequences``, if the network needs every channel or a case is zero everywhere in those.
       OSError: If ``output`` cannot be written.
     """
     dataset_json = check_model(model_folder, checkpoint)
@@ -66,14 +77,18 @@ def predict_folder(
         raise PredictionInputError(
             f"{model_folder}: a classification model, which gives probabilities and no label maps. Use classify_folder."
         )
-    cases = check_images(images, dataset_json)
-    output.mkdir(parents=True, exist_ok=True)
+    subset = None if sequences is None else chosen_sequences(dataset_json, sequences)
+    cases = check_images(images, dataset_json, subset)
     predictor = load_predictor(model_folder, checkpoint, device=device, mirroring=mirroring)
     writer = predictor.plans_manager.image_reader_writer_class()
     written = []
-    for case, image, properties in read_cases(predictor, cases, progress):
-        label_map = predictor.predict_single_npy_array(image, properties, None, None, False)
-        written.append(_write(writer, label_map, output / f"{case}{dataset_json['file_ending']}", properties))
+    with _going_by(predictor.network, subset, model_folder):
+        output.mkdir(parents=True, exist_ok=True)
+        for case, image, properties in read_cases(predictor, cases, progress):
+            if subset is not None:
+                image = _with_zeros(case, image, dataset_json, subset)
+            label_map = predictor.predict_single_npy_array(image, properties, None, None, False)
+            written.append(_write(writer, label_map, output / f"{case}{dataset_json['file_ending']}", properties))
     return written
 
 
@@ -94,18 +109,91 @@ def check_model(folder: Path, checkpoint: str) -> dict:
         raise PredictionInputError(f"{error}. Restore the model folder.") from error
 
 
-def check_images(images: Path, dataset_json: Mapping) -> dict[str, list[Path]]:
-    """The channel files of each case of a folder, every one whole and on the grid of its case.
+def check_images(images: Path, dataset_json: Mapping, subset: Subset | None = None) -> dict[str, list[Path]]:
+    """The files that `list_images` lists, every one whole and on the grid of its case.
 
     Raises:
-      DatasetError: If there are no images, or a case lacks a channel or has one too many; names the files.
+      DatasetError: As in `list_images`.
       PredictionInputError: If an image cannot be read in full or does not fit the other channels of its case.
     """
-    images = images.resolve()
-    cases = list_cases(images.parent, dataset_json, images=images.name)
+    cases = list_images(images, dataset_json, subset)
     for files in cases.values():
         _check_grid(files)
     return cases
+
+
+def list_images(images: Path, dataset_json: Mapping, subset: Subset | None = None) -> dict[str, list[Path]]:
+    """The channel files of each case of a folder, in channel order, sorted by case.
+
+    Args:
+      images: Folder of images.
+      dataset_json: The model's.
+      subset: List the files of these sequences alone, whatever there is of the others; None for all channels.
+
+    Raises:
+      DatasetError: If there are no images, or a case lacks a channel; without ``subset`` also if it has one too many.
+    """
+    folder = images.resolve()
+    if subset is None:
+        return list_cases(folder.parent, dataset_json, images=folder.name)
+    ending = str(dataset_json["file_ending"])
+    numbered = re.compile(rf"(.+)_\d{{4}}{re.escape(ending)}")
+    names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
+    cases = sorted({match[1] for match in map(numbered.fullmatch, names) if match})
+    channels = {i: f"{i:04d}{ending}" for i in _channels(dataset_json, subset)}
+    problems = [
+        f"{folder.name}/{case}_{tail} is missing (channel {i}, {channel_names(dataset_json)[i]!r}). Every case needs "
+        "the channels that are predicted from: add the file, remove the case or name other channels."
+        for case in cases
+        for i, tail in channels.items()
+        if f"{case}_{tail}" not in names
+    ]
+    if not cases:
+        problems = [f"{folder.name} holds no images. Put the images there, named CASE_0000{ending}."]
+    raise_if(folder, problems)
+    return {case: [folder / f"{case}_{tail}" for tail in channels.values()] for case in cases}
+
+
+def _channels(dataset_json: Mapping, subset: Subset) -> list[int]:
+    """Numbers of the channels that are in the subset."""
+    return [number for number, sequence in enumerate(sequences_of(dataset_json)) if sequence in subset]
+
+
+def _with_zeros(case: str, image: np.ndarray, dataset_json: Mapping, subset: Subset) -> np.ndarray:
+    """All channels of a model (channel, z, y, x), of which those outside of the subset are zero."""
+    if not image.any():
+        raise PredictionInputError(
+            f"case {case}: zero everywhere in {', '.join(subset)}, so there is nothing to predict from. Remove the "
+            "case or name other channels."
+        )
+    channels = _channels(dataset_json, subset)
+    whole = np.zeros((len(channel_names(dataset_json)), *image.shape[1:]), image.dtype)
+    whole[channels] = image
+    return whole
+
+
+@contextlib.contextmanager
+def _going_by(network: nn.Module, subset: Subset | None, folder: Path) -> Iterator[None]:
+    """Let a network take the sequences outside of the subset for missing while in here; None changes nothing.
+
+    Args:
+      network: The model's.
+      subset: Sequences that it has.
+      folder: The model folder, for the message.
+
+    Raises:
+      PredictionInputError: If it needs every channel.
+    """
+    if isinstance(network, FedMEPDNet) and subset is not None:
+        with network.only(subset):
+            yield
+    elif subset is None or isinstance(network, MUNet):  # to which a channel of zeros is a sequence that is missing
+        yield
+    else:
+        raise PredictionInputError(
+            f"{folder}: a {type(network).__name__}, which needs every channel, not {', '.join(subset)} alone. Only "
+            "FedMEPDNet and MUNet can do without some; predict from all channels."
+        )
 
 
 def _check_grid(files: Sequence[Path]) -> None:
