@@ -40,7 +40,7 @@ BAD_SITE = [
 BAD_OPTIMIZER = [
     ("name", "LBFGS", "AdamW, Adam or SGD"), ("lr", 0, "a number above 0"), ("lr", "0.1", "a number above 0"),
     ("weight_decay", -1e-5, ">= 0"), ("momentum", 1.0, "in [0, 1)"), ("momentum", 0.9, "0 for AdamW"),
-    ("schedule", "cosine", "constant, poly, exp_poly"), ("reset", 1, "true or false"),
+    ("schedule", "cosine", "constant, poly, exp_poly, round_poly"), ("reset", 1, "true or false"),
 ]  # fmt: skip
 BAD_SERVER = [
     ("num_rounds", 0, NUMBER), ("num_rounds", True, NUMBER), ("num_rounds", 2.5, NUMBER),

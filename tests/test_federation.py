@@ -17,7 +17,7 @@ from fedcmt.algorithms.fedavg import FedAvg, weighted_mean
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.algorithms.standalone import Standalone
 from fedcmt.config import ContributionConfig, ServerConfig
-from fedcmt.federation import Federation, FederationError
+from fedcmt.federation import Federation, FederationError, _warn_of_lonely_channels
 from fedcmt.json_file import read_json
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
 from fedcmt.models.scopes import ScopeRules
@@ -65,6 +65,11 @@ class ConstantSite:
 Tamper = Callable[[Message], Message | Failure]
 
 
+def stamped(task: Task, site: str, answer: Message) -> Message:
+    """The answer with what every site says of it."""
+    return replace(answer, meta={**answer.meta, "task": task.value, "site": site})
+
+
 @dataclass
 class DirectChannel:
     """Hands messages over, remembers them, and changes the answers it is told to: (task, site, round) -> change."""
@@ -79,10 +84,17 @@ class DirectChannel:
         answers: dict[str, Message | Failure] = {}
         for site, message in messages.items():
             self.sent.append((task, site, message))
-            answer = self.sites[site].handle(task, message)
+            answer = stamped(task, site, self.sites[site].handle(task, message))
             answer = self.tampers.get((task, site, message.meta.get("round")), lambda m: m)(answer)
-            answers[site] = answer if isinstance(answer, Failure) else keep(site, answer)
+            answers[site] = answer if isinstance(answer, Failure) else self._kept(keep, site, answer)
         return answers
+
+    @staticmethod
+    def _kept(keep: Keep, site: str, answer: Message) -> Message | Failure:
+        try:
+            return keep(site, answer)
+        except ValueError:
+            return Failure("unreadable answer")
 
     def of(self, task: Task, site: str) -> list[Message]:
         return [message for t, s, message in self.sent if (t, s) == (task, site)]
@@ -148,6 +160,7 @@ def run(
     contribution: ContributionConfig | None = None,
     cross_site: bool = False,
     privacy: PrivacyTerms | None = None,
+    max_norm_ratio: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     config = ServerConfig(
@@ -158,6 +171,7 @@ def run(
         contribution=contribution or ContributionConfig(),
         cross_site=cross_site,
         privacy=privacy or PrivacyTerms(),
+        max_norm_ratio=max_norm_ratio,
     )
     federation = Federation(
         algorithm or FedAvg(), planner or GivenPlanner(), config, job=job, folder=folder, resume=resume, **more
@@ -237,7 +251,8 @@ def test_a_failing_site_costs_its_own_part_when_the_job_allows(
         run(tmp_path, DirectChannel(three_sites(), tampers), min_sites=2)
     assert stored(tmp_path)["w"].tolist() == [[1 + 7 / 4, 2 + 7 / 4, 3 + 7 / 4]]
     assert stored(tmp_path)["g@ct"].tolist() == [30.0, 40.0]
-    assert "without ['c']" in caplog.text
+    assert "aggregated from 2 sites (a, b): " in caplog.text
+    assert "; without ['c']. Site 'c': disk full" in caplog.text
 
 
 def test_a_site_that_failed_takes_part_in_the_next_round(tmp_path: Path) -> None:
@@ -280,8 +295,14 @@ REFUSED = {
     "other group's key": (with_tensor("g@mr", torch.ones(2)), r"1 unknown \[g@mr\]"),
     "missing key": (with_tensor("w", None), r"1 parameters missing \[w\]"),
     "wrong round": (lambda m: replace(m, meta={**m.meta, "round": 4}), r"is of round 4, expected 0"),
-    "no round": (lambda m: replace(m, meta={"num_steps": 1, "metrics": {}}), r"is of round None, expected 0"),
-    "infinite extra": (lambda m: replace(m, extras={"anchor": torch.tensor([math.inf])}), r"not finite: \[anchor\]"),
+    "no round": (lambda m: replace(m, meta={**m.meta, "round": None}), r"is of round None, expected 0"),
+    "other task": (lambda m: replace(m, meta={**m.meta, "task": "evaluate"}), r"is of task 'evaluate', expected 'tra"),
+    "other site": (lambda m: replace(m, meta={**m.meta, "site": "a"}), r"is of site 'a', expected 'c'"),
+    "unasked extra": (lambda m: replace(m, extras={"anchor": torch.ones(1)}), r"has extras \['anchor'\], and the"),
+    "no tensor": (lambda m: replace(m, tensors={**m.tensors, "w": [[1.0, 1.0, 1.0]]}), r"\['w'\] are not dense torch"),
+    "integers": (with_tensor("w", torch.ones(1, 3, dtype=torch.int64)), r"w torch\.int64 instead of torch\.float32"),
+    "absurd meta": (lambda m: replace(m, meta={**m.meta, "note": "x" * 10**7}), r"characters of plain values, at most"),
+    "no meta": (lambda m: replace(m, meta=["round", 0]), r"meta is of type list, expected an object"),
 }
 
 
@@ -296,7 +317,7 @@ def test_a_bad_update_is_refused_by_site_and_the_round_goes_on_without_it(
     run(tmp_path / "without", DirectChannel(three_sites(), without), algorithm(), min_sites=2)
     bad, good = stored(tmp_path / "bad"), stored(tmp_path / "without")
     assert all(torch.equal(bad[name], good[name]) for name in good)
-    with pytest.raises(FederationError, match=rf"Site 'c': update of site 'c': .*{reason}"):
+    with pytest.raises(FederationError, match=rf"Site 'c': .*{reason}"):
         run(tmp_path / "needed", DirectChannel(three_sites(), {(Task.TRAIN, "c", 0): tamper}))
 
 
@@ -311,7 +332,14 @@ def test_a_site_that_cannot_be_prepared_ends_the_job(task: Task, tmp_path: Path)
 @pytest.mark.parametrize("meta", [{"num_cases": 0}, {"num_cases": "7"}, {"num_cases": True}, {"channels": None}])
 def test_a_site_that_says_what_cannot_be_ends_the_job_by_name(meta: dict[str, Any], tmp_path: Path) -> None:
     tampers = {(Task.PREPARE, "b", None): lambda m: replace(m, meta={**m.meta, **meta})}
-    with pytest.raises(FederationError, match=r"site 'b': num_cases"):
+    with pytest.raises(FederationError, match=r"task 'prepare' failed\. Site 'b': num_cases"):
+        run(tmp_path, DirectChannel(three_sites(), tampers))
+
+
+@pytest.mark.parametrize("meta", [{"fingerprint": None}, {"modality": 3}, {"modality": " "}])
+def test_a_site_that_does_not_introduce_itself_ends_the_job_by_name(meta: dict[str, Any], tmp_path: Path) -> None:
+    tampers = {(Task.FINGERPRINT, "b", None): lambda m: replace(m, meta={**m.meta, **meta})}
+    with pytest.raises(FederationError, match=r"task 'fingerprint' failed\. Site 'b': fingerprint of type"):
         run(tmp_path, DirectChannel(three_sites(), tampers))
 
 
@@ -332,6 +360,30 @@ def test_the_best_round_keeps_the_state_that_was_validated(tmp_path: Path) -> No
     results = run(tmp_path, DirectChannel(sites), rounds=4)
     assert results["best_round"] == 1
     assert stored(tmp_path, "best")["w"].tolist() == [[1 + 23 / 8, 2 + 23 / 8, 3 + 23 / 8]]
+
+
+def test_a_round_without_every_site_s_score_is_not_the_best(tmp_path: Path) -> None:
+    sites = three_sites()
+    sites["a"].dice, sites["b"].dice, sites["c"].dice = [0.9, 0.4], [0.9, 0.4], [0.1, 0.4]
+    # Round 0 has the scores 0.9 of a and b alone; their mean is above that of all in round 1.
+    tampers = {(Task.TRAIN, "c", 0): lambda m: Failure("disk full")}
+    assert run(tmp_path, DirectChannel(sites, tampers), rounds=2, min_sites=2)["best_round"] == 1
+
+
+class LateToStart(FedAvg):
+    """Site c alone trains in round 0, as a fusion site may."""
+
+    def turns(self, round_idx: int, sites: object) -> list[list[Participant]]:
+        return [[site for site in sites if round_idx or site.name == "c"]]  # type: ignore[attr-defined]
+
+
+def test_a_round_that_asks_some_sites_only_is_not_the_best(tmp_path: Path) -> None:
+    sites = three_sites()
+    sites["a"].dice, sites["b"].dice, sites["c"].dice = [0.0, 0.4], [0.0, 0.4], [0.9, 0.4]
+    results = run(tmp_path, DirectChannel(sites), LateToStart(), rounds=2)
+    assert results["best_round"] == 1
+    assert results["participation"]["a"] == {"asked": 1, "took_part": 1, "absent": {}}
+    assert results["participation"]["c"]["asked"] == 2
 
 
 def test_the_first_of_equally_good_rounds_is_best(tmp_path: Path) -> None:
@@ -415,6 +467,11 @@ MALFORMED: dict[str, Callable[[Message], Message]] = {
         m, meta={**m.meta, "metrics": {"val_dice_received": 1e300}}
     ),
     "num_steps is True": lambda m: replace(m, meta={**m.meta, "num_steps": True}),
+    "num_steps is 1000000000000": lambda m: replace(m, meta={**m.meta, "num_steps": 10**12}),
+    "metrics are [0.5]": lambda m: replace(m, meta={**m.meta, "metrics": [0.5]}),
+    "metrics {'loss': 1e+300} are beyond 1e+12": lambda m: replace(m, meta={**m.meta, "metrics": {"loss": 1e300}}),
+    "101 metrics, 0 of them": lambda m: replace(m, meta={**m.meta, "metrics": {f"m{i}": 0.5 for i in range(101)}}),
+    "1 metrics, 1 of them": lambda m: replace(m, meta={**m.meta, "metrics": {"m" * 101: 0.5}}),
     "metrics are {'loss': nan}": lambda m: replace(m, meta={**m.meta, "metrics": {"loss": math.nan}}),
 }
 
@@ -426,6 +483,150 @@ def test_a_malformed_answer_costs_its_site_only_its_part(
     with caplog.at_level(logging.WARNING):
         run(tmp_path, DirectChannel(three_sites(), {(Task.TRAIN, "c", 0): MALFORMED[reason]}), min_sites=2)
     assert f"update of site 'c': {reason}" in caplog.text
+
+
+def test_a_site_cannot_raise_its_weight_by_what_it_says_after_a_round(tmp_path: Path) -> None:
+    def boast(answer: Message) -> Message:
+        return replace(answer, meta={**answer.meta, "num_cases": 10**6})
+
+    run(tmp_path, DirectChannel(three_sites(), {(Task.TRAIN, "c", 0): boast}))
+    assert stored(tmp_path)["w"][0, 0].item() == 1 + 23 / 8
+
+
+def test_an_answer_of_an_earlier_round_is_refused_when_it_is_sent_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first: list[Message] = []
+    tampers: dict[tuple[Task, str, int | None], Tamper] = {
+        (Task.TRAIN, "c", 0): lambda m: first.append(m) or m,  # type: ignore[func-returns-value]
+        (Task.TRAIN, "c", 1): lambda m: first[0],
+    }
+    with caplog.at_level(logging.INFO, "fedcmt"):
+        run(tmp_path, DirectChannel(three_sites(), tampers), rounds=2, min_sites=2)
+    assert "round 2/2 aggregated from 2 sites (a, b)" in caplog.text
+    assert "Site 'c': is of round 0, expected 1" in caplog.text
+    assert stored(tmp_path)["w"][0, 0].item() == 1 + 23 / 8 + 7 / 4
+
+
+class Tardy(DirectChannel):
+    """Site c answers round 0 only once round 1 has begun."""
+
+    def exchange(
+        self, task: Task, messages: Mapping[str, Message], keep: Keep = as_it_is
+    ) -> dict[str, Message | Failure]:
+        round_idx = next(iter(messages.values())).meta.get("round")
+        if task is Task.TRAIN and round_idx == 0:
+            self.late = lambda: self._kept(keep, "c", stamped(task, "c", self.sites["c"].handle(task, messages["c"])))
+            on_time = super().exchange(task, {site: m for site, m in messages.items() if site != "c"}, keep)
+            return {**on_time, "c": Failure("no answer within 20 s")}
+        if task is Task.TRAIN:
+            self.answer_of_late = self.late()
+        return super().exchange(task, messages, keep)
+
+
+def test_an_answer_after_its_task_has_ended_counts_in_no_round(tmp_path: Path) -> None:
+    channel = Tardy(three_sites())
+    results = run(tmp_path, channel, rounds=2, min_sites=2)
+    assert channel.answer_of_late == Failure("unreadable answer")
+    assert results["participation"]["c"] == {"asked": 2, "took_part": 1, "absent": {"1": "no answer within 20 s"}}
+    assert stored(tmp_path)["w"][0, 0].item() == 1 + 7 / 4 + 23 / 8
+
+
+def test_results_say_who_took_part_and_why_others_did_not(tmp_path: Path) -> None:
+    nan = with_tensor("w", torch.full((1, 3), math.nan))
+    tampers = {(Task.TRAIN, "c", 0): lambda m: Failure("disk\n full"), (Task.TRAIN, "b", 2): nan}
+    channel = DirectChannel(three_sites(), tampers)
+    participation = run(tmp_path, channel, rounds=3, min_sites=2)["participation"]
+    assert participation == {
+        "a": {"asked": 3, "took_part": 3, "absent": {}},
+        "b": {"asked": 3, "took_part": 2, "absent": {"3": "update of site 'b': 1 tensors are not finite: [w]."}},
+        "c": {"asked": 3, "took_part": 2, "absent": {"1": "disk  full"}},
+    }
+    assert [row["absent"] for row in rows_of(tmp_path)] == [
+        {"c": "disk  full"},
+        {},
+        {"b": participation["b"]["absent"]["3"]},
+    ]
+
+
+def test_participation_counts_on_in_a_resumed_job(tmp_path: Path) -> None:
+    tampers = {(Task.TRAIN, "c", 0): lambda m: Failure("disk full")}
+    run(tmp_path, DirectChannel(three_sites(), tampers), rounds=2, min_sites=2)
+    results = run(tmp_path, DirectChannel(three_sites()), rounds=3, resume=True)
+    assert results["participation"]["c"] == {"asked": 3, "took_part": 2, "absent": {"1": "disk full"}}
+
+
+def wild(factor: float) -> dict[str, ConstantSite]:
+    return {site: ConstantSite(step, 1) for site, step in (("a", 1.0), ("b", 1.0), ("c", factor))}
+
+
+def test_an_oversized_update_is_scaled_before_it_is_aggregated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[dict[str, float]] = []
+    with caplog.at_level(logging.WARNING, "fedcmt"):
+        run(
+            tmp_path,
+            DirectChannel(wild(500.0)),
+            max_norm_ratio=2.0,
+            on_round=lambda i, curves: seen.append(dict(curves)),
+        )
+    assert "round 1: update of site 'c' is oversized, scaled by 0.004" in caplog.text
+    assert stored(tmp_path)["w"].tolist()[0] == pytest.approx([1 + 4 / 3, 2 + 4 / 3, 3 + 4 / 3])
+    (row,) = rows_of(tmp_path)
+    assert row["influence"] == {"a": 1.0, "b": 1.0, "c": pytest.approx(0.004)}
+    assert {n: v for n, v in seen[0].items() if n.startswith("influence/")} == {
+        "influence/a": 1.0, "influence/b": 1.0, "influence/c": pytest.approx(0.004),
+    }  # fmt: skip
+    assert not list((tmp_path / "bounded").iterdir())
+
+
+def test_updates_of_like_size_are_aggregated_as_without_a_bound(tmp_path: Path) -> None:
+    run(tmp_path / "with", DirectChannel(wild(1.5)), max_norm_ratio=2.0)
+    run(tmp_path / "without", DirectChannel(wild(1.5)))
+    assert all(torch.equal(stored(tmp_path / "with")[n], t) for n, t in stored(tmp_path / "without").items())
+    assert rows_of(tmp_path / "without")[0]["influence"] == {}
+
+
+def test_an_influence_that_cannot_be_bounded_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    two = {site: s for site, s in three_sites().items() if site != "c"}
+    for sites, reason, more in (
+        (two, r"max_norm_ratio is 2, and the job has 2 sites", {}),
+        (three_sites(), r"guarantee of central_client_dp excludes", {"privacy": CENTRAL}),
+        (three_sites(), r"Standalone exchanges nothing to bound", {"algorithm": Standalone()}),
+    ):
+        channel = DirectChannel(sites)
+        with pytest.raises(FederationError, match=reason):
+            run(tmp_path, channel, max_norm_ratio=2.0, **more)
+        assert not channel.sent
+
+
+def sites_with(*channels: tuple[str, str, list[str]]) -> list[Participant]:
+    return [Participant(name, "MR", tuple(own), 5, {}, role) for name, role, own in channels]
+
+
+def test_a_channel_that_one_site_alone_has_may_be_misspelt(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "fedcmt"):
+        _warn_of_lonely_channels(sites_with(("a", "site", ["T1", "T2"]), ("b", "site", ["T1", "t_2"])))
+    assert [record.getMessage() for record in caplog.records] == [
+        "only site a has MR channel 'T2'; misspelt?",
+        "only site b has MR channel 't_2'; misspelt?",
+    ]
+
+
+def test_a_channel_that_the_fusion_site_has_is_not_misspelt(caplog: pytest.LogCaptureFixture) -> None:
+    fusion = ("f", "fusion", ["T1", "T2", "FLAIR"])
+    with caplog.at_level(logging.WARNING, "fedcmt"):
+        _warn_of_lonely_channels(sites_with(("a", "site", ["T1"]), ("b", "site", ["T2"]), fusion))
+        assert not caplog.records
+        _warn_of_lonely_channels(sites_with(("a", "site", ["T1"]), ("b", "site", ["t_2"]), fusion))
+    assert [record.getMessage() for record in caplog.records] == ["only site b has MR channel 't_2'; misspelt?"]
+
+
+def test_a_report_that_is_none_costs_its_site_its_own(tmp_path: Path) -> None:
+    channel = DirectChannel(three_sites(), {(Task.FINISH, "b", None): lambda m: replace(m, meta={**m.meta, "report": [1]})})
+    results = run(tmp_path, channel, min_sites=2)
+    assert results["failed"] == {"b": "report is of type list, expected an object"}
 
 
 def test_a_site_that_cannot_finish_costs_its_own_report_when_others_are_enough(tmp_path: Path) -> None:
@@ -647,7 +848,7 @@ def test_an_absent_site_has_no_part_in_a_round(tmp_path: Path) -> None:
 UNSCORED: dict[str, tuple[Tamper, str]] = {
     "failed": (lambda m: Failure("no memory"), "site 'b': no memory"),
     "other round": (lambda m: replace(m, meta={**m.meta, "round": 3}), "of round 3"),
-    "no score": (lambda m: replace(m, meta={"round": 0}), "score None"),
+    "no score": (lambda m: replace(m, meta={**m.meta, "score": None}), "score None"),
     "not finite": (lambda m: replace(m, meta={**m.meta, "score": math.nan}), "score nan"),
     "above one": (lambda m: replace(m, meta={**m.meta, "score": 1.5}), "score 1.5"),
 }

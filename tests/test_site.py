@@ -342,7 +342,7 @@ def test_scoring_sends_no_tensor_and_is_in_the_ledger(folders: Path) -> None:
     assert answer.tensors == answer.extras == {}
     row = json.loads((folders / "site" / "egress.jsonl").read_text().splitlines()[-1])
     assert (row["task"], row["round"], row["tensors"], row["tensor_bytes"]) == ("evaluate", 4, {}, 0)
-    assert row["meta_keys"] == ["outputs", "round", "score"]
+    assert row["meta_keys"] == ["outputs", "round", "score", "site", "task"]
 
 
 def test_a_site_says_what_its_outputs_mean_only_if_their_layers_travel(folders: Path) -> None:

@@ -16,6 +16,7 @@ from fedcmt.data.classes import SOURCES
 from fedcmt.json_file import read_json
 from fedcmt.privacy.terms import PrivacyTerms
 from fedcmt.settings import is_int, is_number, require
+from fedcmt.wire import UPDATE_DTYPES
 
 SERVER_CONFIG = Path("server/config/config_fed_server.json")
 
@@ -55,9 +56,9 @@ class OptimizerConfig:
     """As torch.optim defines it for the class; >= 0."""
     momentum: float = 0.0
     """SGD only; above 0 with Nesterov, as nnU-Net trains (0.99)."""
-    schedule: Literal["constant", "poly", "exp_poly"] = "constant"
+    schedule: Literal["constant", "poly", "exp_poly", "round_poly"] = "constant"
     """``poly`` is nnU-Net's (1 - step / all steps)^0.9 over all rounds; ``exp_poly`` times exp(-0.015 round), as
-    Fed-MUnet trains."""
+    Fed-MUnet trains; ``round_poly`` (1 - round / all rounds)^0.9, the same for all steps of a round, as FedMEPD."""
     reset: bool = False
     """Forget momentum and moments at the start of each round."""
 
@@ -84,7 +85,7 @@ class OptimizerConfig:
         _require(
             config.momentum == 0 or config.name == "SGD", where, "momentum", config.momentum, f"0 for {config.name}"
         )
-        schedules = ("constant", "poly", "exp_poly")
+        schedules = ("constant", "poly", "exp_poly", "round_poly")
         _require(config.schedule in schedules, where, "schedule", config.schedule, ", ".join(schedules))
         _require(isinstance(config.reset, bool), where, "reset", config.reset, "true or false")
         return config
@@ -250,10 +251,15 @@ class ServerConfig:
     """Seconds a site may take to describe, to prepare, or to test and export: these read every image it has."""
     contribution: ContributionConfig = field(default_factory=ContributionConfig)
     """Measures what each site's updates are worth."""
+    max_norm_ratio: float | None = None
+    """Scales an update down to at most this multiple, from 1, of the median size of its round's; null leaves all as
+    they are. See `fedcmt.influence`."""
     cross_site: bool = False
     """In the last round, score each site's model at every other site, which receives it for that."""
     privacy: PrivacyTerms = field(default_factory=PrivacyTerms)
     """Clipping, noise and the budget of epsilon; see docs/privacy.md."""
+    update_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Numbers of sites' updates on the wire; see `fedcmt.wire`. Models travel to sites as float32."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -293,7 +299,15 @@ class ServerConfig:
         for key in ("round_timeout", "setup_timeout"):
             value = getattr(config, key)
             _require(is_int(value) and value >= 1, where, key, value, "seconds, from 1")
+        ratio = config.max_norm_ratio
+        ratio_ok = ratio is None or (is_number(ratio) and ratio >= 1)
+        _require(ratio_ok, where, "max_norm_ratio", ratio, "null or a number from 1")
         _require(isinstance(config.cross_site, bool), where, "cross_site", config.cross_site, "true or false")
+        dtype, known = config.update_dtype, tuple(UPDATE_DTYPES)
+        _require(isinstance(dtype, str) and dtype in known, where, "update_dtype", dtype, ", ".join(known))
+        # Its epsilon is that of a sum of updates, which rounding each of them is no function of.
+        exact = config.privacy.mode != "distributed_client_dp" or dtype == "float32"
+        _require(exact, where, "update_dtype", dtype, "float32 under distributed_client_dp")
         _require(
             contribution.tier == 0 or contribution.every <= config.num_rounds,
             f"{where}: contribution",

@@ -9,29 +9,32 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fedcmt.algorithms.base import Algorithm, Participant, State, Update
+from fedcmt.answers import CheckedChannel, read_introduction, read_participant, read_report, read_update
 from fedcmt.config import ServerConfig
 from fedcmt.evaluation.contribution import MOST_EXACT, add_round, summarise
+from fedcmt.influence import FEWEST_SITES, influence_factors, scale_updates
 from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
-from fedcmt.params import ParameterError, Params, check_finite, check_shapes, load_tensors, save_tensors, shapes
+from fedcmt.params import ParameterError, Params, check_shapes, load_tensors, save_tensors
 from fedcmt.privacy.ledger import BudgetExceeded
 from fedcmt.privacy.server_half import ServerPrivacy, check_update
 from fedcmt.randomness import derive_seed
 from fedcmt.scoring import Assessment, SiteScores, play_turn
-from fedcmt.settings import is_int
 from fedcmt.uploads import SpooledUpdates
+from fedcmt.wire import decode
 
 logger = logging.getLogger(__name__)
 
-_MOST_CASES = 10**7
-_LARGEST_CHANGE = 1e6
-"""Of one weight in one round; weights are of the order of 1, and squares of much larger numbers overflow float32."""
+_T = TypeVar("_T")
+
+Participation = dict[str, dict[str, Any]]
+"""Site -> ``asked`` and ``took_part`` (rounds), ``absent`` (1-based round as text -> why); plain JSON."""
 
 
 class FederationError(RuntimeError):
@@ -54,6 +57,25 @@ class Planner(Protocol):
     ) -> Params:
         """Initial values of every wire tensor, seeded."""
         ...
+
+
+@dataclass
+class _Round:
+    """What became of a round, over all its turns.
+
+    Attributes:
+      asked: Sites that were to train.
+      updates: Those that made it, without their tensors.
+      failures: Site to why its update did not.
+      factors: Site to what its update was scaled by, where ``max_norm_ratio`` bounds influence.
+      assessment: What the updates are worth.
+    """
+
+    asked: list[str] = field(default_factory=list)
+    updates: dict[str, Update] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
+    assessment: Assessment = field(default_factory=Assessment)
 
 
 class Federation:
@@ -97,8 +119,9 @@ class Federation:
           FederationError: If a site cannot be prepared, or too few sites answer in a round.
         """
         started = time.monotonic()
-        sites = sorted(sites)
+        channel, sites = CheckedChannel(channel), sorted(sites)
         check_scoring(self._algorithm, self._config, sites)
+        check_influence(self._algorithm, self._config, sites)
         stored = self._load_state("state") if self._resume else None
         self._privacy = ServerPrivacy(
             self._config.privacy,
@@ -109,28 +132,31 @@ class Federation:
             rounds_done=0 if stored is None else stored[1]["round"] + 1,
         )
         self._privacy.note("planning statistics", "counts and moments of images; see docs/privacy.md")
-        introductions = self._ask_all(channel, Task.FINGERPRINT, {s: self._introduction(len(sites)) for s in sites})
-        fingerprints = {s: answer.meta["fingerprint"] for s, answer in introductions.items()}
-        modalities = {s: answer.meta["modality"] for s, answer in introductions.items()}
+        requests = {site: self._introduction(len(sites)) for site in sites}
+        introductions = self._ask_all(channel, Task.FINGERPRINT, requests, lambda site, a: read_introduction(a))
+        fingerprints = {site: fingerprint for site, (fingerprint, _) in introductions.items()}
         plans = self._plan(fingerprints)
         schedule_rounds = self._schedule_rounds(stored)
-        participants = self._prepare(channel, {site: plans[site] for site in sites}, modalities, schedule_rounds)
+        participants = self._prepare(channel, plans, introductions, schedule_rounds)
         state, first_round = self._first_state(stored, plans, fingerprints, participants, schedule_rounds)
         best = (-math.inf, None) if stored is None else tuple(stored[1]["best"])
         tally, crossed = ({}, {}) if stored is None else (stored[1]["contribution"], stored[1]["crossed"])
+        participation: Participation = {} if stored is None else stored[1].get("participation", {})
         stopped, rounds = None, self._config.num_rounds
         for round_idx in range(first_round, self._config.num_rounds):
             received = state
             try:
-                state, updates, assessment = self._round(channel, round_idx, received, participants)
+                state, done = self._round(channel, round_idx, received, participants)
             except BudgetExceeded as refusal:
                 stopped, rounds = self._stop_early(round_idx, refusal), round_idx
                 break
-            best = self._keep_best(best, round_idx, received, updates)
+            best = self._keep_best(best, round_idx, received, done.updates, len(participants))
             meta = {"round": round_idx, "best": best, "sites": sites, "schedule_rounds": schedule_rounds}
-            tally, crossed = add_round(tally, assessment.sites), assessment.crossed()
-            self._save_state("state", state, {**meta, "contribution": tally, "crossed": crossed})
-            self._report_round(round_idx, state, updates, assessment)
+            tally, crossed = add_round(tally, done.assessment.sites), done.assessment.crossed()
+            participation = _add_participation(participation, round_idx, done)
+            meta |= {"contribution": tally, "crossed": crossed, "participation": participation}
+            self._save_state("state", state, meta)
+            self._report_round(round_idx, state, done)
         reports, failed = self._finish(channel, state, participants)
         return {
             "job": self._job,
@@ -140,6 +166,7 @@ class Federation:
             "best_round": best[1],
             "sites": reports,
             "failed": failed,
+            "participation": participation,
             "contribution": summarise(tally),
             **crossed,
             **({"privacy": told} if (told := self._privacy.summary(stopped)) else {}),
@@ -174,15 +201,25 @@ class Federation:
         return self._config.schedule_rounds or self._config.num_rounds
 
     def _prepare(
-        self, channel: Channel, plans: Mapping[str, dict], modalities: Mapping[str, str], schedule_rounds: int
+        self,
+        channel: Channel,
+        plans: Mapping[str, dict],
+        introductions: Mapping[str, tuple[dict, str]],
+        schedule_rounds: int,
     ) -> list[Participant]:
-        rounds = {"num_rounds": self._config.num_rounds, "schedule_rounds": schedule_rounds}
-        requests = {site: Message({"plans": plan, **rounds, "resume": self._resume}) for site, plan in plans.items()}
+        """Have the sites that introduced themselves prepare; sorted by name."""
+        meta = {"num_rounds": self._config.num_rounds, "schedule_rounds": schedule_rounds, "resume": self._resume}
+        requests = {site: Message({"plans": plans[site], **meta}) for site in introductions}
         self._privacy.note("case counts", "number of training cases of each site")
-        answers = self._ask_all(channel, Task.PREPARE, requests)
-        participants = [_read_participant(site, modalities[site], a) for site, a in sorted(answers.items())]
-        for site in participants:
-            self._privacy.admit(site, answers[site.name].meta.get("sampling"))
+
+        def read(site: str, answer: Message) -> tuple[Participant, Any]:
+            fingerprint, modality = introductions[site]
+            return read_participant(site, modality, fingerprint, answer), answer.meta.get("sampling")
+
+        prepared = self._ask_all(channel, Task.PREPARE, requests, read)
+        for participant, sampling in prepared.values():
+            self._privacy.admit(participant, sampling)
+        participants = [participant for participant, _ in prepared.values()]
         _warn_of_lonely_channels(participants)
         return participants
 
@@ -242,34 +279,60 @@ class Federation:
 
     def _round(
         self, channel: Channel, round_idx: int, state: State, participants: Sequence[Participant]
-    ) -> tuple[State, dict[str, Update], Assessment]:
-        """All turns of a round: the state after it, the updates that made it without their tensors, their worth."""
-        all_updates: dict[str, Update] = {}
-        all_failures: dict[str, str] = {}
-        assessment = Assessment()
+    ) -> tuple[State, _Round]:
+        """All turns of a round: the state after it, and what became of it."""
+        done = _Round()
         self._privacy.open_round(round_idx, participants)
         if self._config.privacy.release_metrics:
             self._privacy.note("round metrics", "each site's loss and validation scores", round_idx)
-        turns = self._algorithm.turns(round_idx, participants)
-        for turn in turns:
-            # On disk, so that memory does not grow with the number of sites.
-            with SpooledUpdates(self._folder / "uploads") as spool, SpooledUpdates(self._folder / "noisy") as noisy:
-                updates, failures, frozen = self._turn(channel, round_idx, state, turn, spool)
-                if updates:
-                    protected = self._privacy.protect(updates, turn, frozen, round_idx, noisy.add)
-                    received, state = state, self._algorithm.aggregate(state, protected)
-                    self._assess(channel, round_idx, received, turn, updates, assessment)
-            all_updates.update({site: replace(update, delta={}, extras={}) for site, update in updates.items()})
-            all_failures.update(failures)
-        asked = [site for turn in turns for site in turn]
-        least = min(self._least(participants), len(asked))
-        if len(all_updates) < least:
+        for turn in self._algorithm.turns(round_idx, participants):
+            state = self._play(channel, round_idx, state, turn, done)
+        least = min(self._least(participants), len(done.asked))
+        if len(done.updates) < least:
             raise FederationError(
-                f"round {round_idx + 1}: {len(all_updates)} of {len(asked)} sites sent a usable update, "
-                f"at least {least} are needed. {_describe(all_failures)}"
+                f"round {round_idx + 1}: {len(done.updates)} of {len(done.asked)} sites sent a usable update, "
+                f"at least {least} are needed. {_describe(done.failures)}"
             )
-        self._log_round(round_idx, all_updates, all_failures)
-        return state, all_updates, assessment
+        self._log_round(round_idx, done)
+        return state, done
+
+    def _play(self, channel: Channel, round_idx: int, state: State, turn: Sequence[Participant], done: _Round) -> State:
+        """One turn: the state after it; what became of it is added to the round."""
+        done.asked += [site.name for site in turn]
+        folder = self._folder
+        # On disk, so that memory does not grow with the number of sites.
+        with (
+            SpooledUpdates(folder / "uploads") as spool,
+            SpooledUpdates(folder / "bounded") as bounded,
+            SpooledUpdates(folder / "noisy") as noisy,
+        ):
+            updates, failures, frozen = self._turn(channel, round_idx, state, turn, spool)
+            done.failures |= failures
+            if not updates:
+                return state
+            updates = self._bounded(updates, round_idx, bounded.add, done.factors)
+            protected = self._privacy.protect(updates, turn, frozen, round_idx, noisy.add)
+            received, state = state, self._algorithm.aggregate(state, protected)
+            self._assess(channel, round_idx, received, turn, updates, done.assessment)
+            done.updates |= {site: replace(update, delta={}, extras={}) for site, update in updates.items()}
+        return state
+
+    def _bounded(
+        self,
+        updates: Mapping[str, Update],
+        round_idx: int,
+        keep: Callable[[str, Params], Params],
+        found: dict[str, float],
+    ) -> dict[str, Update]:
+        """A turn's updates within ``max_norm_ratio``, if there is one; the factors are added to those ``found``."""
+        if self._config.max_norm_ratio is None:
+            return dict(updates)
+        factors = influence_factors(updates, self._config.max_norm_ratio)
+        for site, factor in factors.items():
+            if factor < 1:
+                logger.warning("round %d: update of site %r is oversized, scaled by %.4g", round_idx + 1, site, factor)
+        found |= factors
+        return scale_updates(updates, factors, keep)
 
     def _assess(
         self,
@@ -303,15 +366,19 @@ class Federation:
         """Usable updates, why the others are not, and what each site was asked to leave out."""
 
         def keep(site: str, answer: Message) -> Message:
-            return replace(answer, tensors=spool.add(site, answer.tensors))
+            tensors = decode(answer.tensors, dtype, where=f"update of site {site!r}")
+            return replace(answer, tensors=spool.add(site, tensors))
 
+        dtype = self._config.update_dtype
         requests, frozen = {}, {}
         for site in turn:
             payload = self._algorithm.payload(state, site)
             meta = {"round": round_idx, "frozen": sorted(payload.frozen), "rows": _listed(payload.rows)}
+            meta["update_dtype"] = dtype
             requests[site.name] = Message(meta, payload.tensors, payload.extras)
             frozen[site.name] = payload.frozen
         answers = channel.exchange(Task.TRAIN, requests, keep)
+        takes_extras = type(self._algorithm).local_extras is not Algorithm.local_extras
         updates: dict[str, Update] = {}
         failures: dict[str, str] = {}
         for site in turn:
@@ -320,7 +387,7 @@ class Federation:
                 failures[site.name] = answer.reason
                 continue
             try:
-                update = _read_update(answer, site, requests[site.name])
+                update = read_update(answer, site, requests[site.name], takes_extras=takes_extras)
                 updates[site.name] = check_update(self._privacy, site.name, update)
             except ParameterError as error:
                 failures[site.name] = str(error)
@@ -339,32 +406,39 @@ class Federation:
             )
         answers = channel.exchange(Task.FINISH, requests)
         self._privacy.note("test scores", "means over each site's test cases and whole validation cases")
-        failed = {site: a.reason for site, a in sorted(answers.items()) if isinstance(a, Failure)}
-        if len(answers) - len(failed) < self._least(participants):
+        reports, failed = _read_all(answers, lambda site, answer: read_report(answer))
+        if len(reports) < self._least(participants):
             raise FederationError(f"task 'finish' failed; the models of the last round are kept. {_describe(failed)}")
-        return {s: a.meta["report"] for s, a in sorted(answers.items()) if isinstance(a, Message)}, failed
+        return reports, failed
 
     def _least(self, participants: Sequence[Participant]) -> int:
         return len(participants) if self._config.min_sites is None else self._config.min_sites
 
-    def _ask_all(self, channel: Channel, task: Task, requests: Mapping[str, Message]) -> dict[str, Message]:
-        """Exchange outside rounds, where every site is needed."""
-        answers = channel.exchange(task, requests)
-        failures = {site: a.reason for site, a in answers.items() if isinstance(a, Failure)}
+    def _ask_all(
+        self, channel: Channel, task: Task, requests: Mapping[str, Message], read: Callable[[str, Message], _T]
+    ) -> dict[str, _T]:
+        """Exchange outside rounds, where every site is needed; sorted by site."""
+        found, failures = _read_all(channel.exchange(task, requests), read)
         if failures:
             raise FederationError(f"task {task.value!r} failed. {_describe(failures)}")
-        return {site: a for site, a in answers.items() if isinstance(a, Message)}
+        return found
 
     def _keep_best(
-        self, best: tuple[float, int | None], round_idx: int, state: State, updates: Mapping[str, Update]
+        self,
+        best: tuple[float, int | None],
+        round_idx: int,
+        state: State,
+        updates: Mapping[str, Update],
+        num_sites: int,
     ) -> tuple[float, int | None]:
         """Keep the state that was *received* this round if its mean validation score over sites is the best yet.
 
-        The score is Dice where a site segments and accuracy where it classifies, both in [0, 1].
+        The score is Dice where a site segments and accuracy where it classifies, both in [0, 1]. A round without the
+        score of every site of the job does not count: means over other sites do not compare.
         """
         scores = [_received_score(update) for update in updates.values()]
         known = [score for score in scores if score is not None]
-        if len(known) < len(scores) or not known or sum(known) / len(known) <= best[0]:
+        if len(known) < num_sites or sum(known) / len(known) <= best[0]:
             return best
         best = sum(known) / len(known), round_idx
         self._save_state("best", state, {"round": round_idx, "best": best})
@@ -386,29 +460,30 @@ class Federation:
         }
         return State(parts["params"], parts["memory"], meta["record"]), meta
 
-    def _report_round(
-        self, round_idx: int, state: State, updates: Mapping[str, Update], assessment: Assessment
-    ) -> None:
+    def _report_round(self, round_idx: int, state: State, done: _Round) -> None:
         """Curves to whoever watches, and a line for machines in ``rounds.jsonl``."""
-        curves = state.record.get("curves", {})
-        row = {"round": round_idx, "sites": {s: dict(u.metrics) for s, u in updates.items()}, "server": curves}
+        curves, assessment = state.record.get("curves", {}), done.assessment
+        row = {"round": round_idx, "sites": {s: dict(u.metrics) for s, u in done.updates.items()}, "server": curves}
         row |= {"contribution": assessment.sites, "cosines": assessment.cosines, "games": assessment.games}
+        row |= {"absent": done.failures, "influence": done.factors}
         with (self._folder / "rounds.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
-        means = {f"mean_{name}": value for name, value in _mean_metrics(updates).items()}
-        self._on_round(round_idx, {**means, **assessment.curves(), **curves})
+        means = {f"mean_{name}": value for name, value in _mean_metrics(done.updates).items()}
+        factors = {f"influence/{site}": factor for site, factor in done.factors.items()}
+        self._on_round(round_idx, {**means, **factors, **assessment.curves(), **curves})
 
-    def _log_round(self, round_idx: int, updates: Mapping[str, Update], failures: Mapping[str, str]) -> None:
-        means = _mean_metrics(updates)
+    def _log_round(self, round_idx: int, done: _Round) -> None:
+        """Who took part with what, and who did not and why."""
+        means = _mean_metrics(done.updates)
         values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(means.items()))
-        without = f"; without {sorted(failures)}" if failures else ""
         logger.info(
-            "round %d/%d aggregated from %d sites: %s%s",
+            "round %d/%d aggregated from %d sites (%s): %s%s",
             round_idx + 1,
             self._config.num_rounds,
-            len(updates),
+            len(done.updates),
+            ", ".join(sorted(done.updates)),
             values,
-            without,
+            f"; without {sorted(done.failures)}. {_describe(done.failures)}" if done.failures else "",
         )
 
 
@@ -435,22 +510,28 @@ def check_scoring(algorithm: Algorithm, config: ServerConfig, sites: Collection[
         raise FederationError(f"server.contribution and server.cross_site: {name} exchanges nothing to score")
 
 
-def _read_participant(site: str, modality: str, answer: Message) -> Participant:
-    """What a prepared site says of itself.
+def check_influence(algorithm: Algorithm, config: ServerConfig, sites: Collection[str]) -> None:
+    """Refuse, before anything is asked of a site, to bound what cannot be.
 
     Raises:
-      FederationError: If a value is missing or cannot be.
+      FederationError: If too few sites take part for a median, they exchange nothing, or the job's privacy counts on
+        updates that do not depend on each other.
     """
-    cases, channels, wire = (answer.meta.get(key) for key in ("num_cases", "channels", "wire_shapes"))
-    if not (is_int(cases) and 1 <= cases < _MOST_CASES and isinstance(channels, list) and isinstance(wire, dict)):
+    if config.max_norm_ratio is None:
+        return
+    where = f"server.max_norm_ratio is {config.max_norm_ratio:g}"
+    if len(sites) < FEWEST_SITES:
         raise FederationError(
-            f"site {site!r}: num_cases {cases!r}, channels {channels!r}, wire_shapes of type {type(wire).__name__}; "
-            "expected a whole number from 1, a list and an object"
+            f"{where}, and the job has {len(sites)} sites; with fewer than {FEWEST_SITES} none has others to be "
+            "measured by"
         )
-    role = answer.meta.get("role", "site")
-    if role not in ("site", "fusion"):
-        raise FederationError(f"site {site!r}: role is {role!r}, expected site or fusion")
-    return Participant(site, modality, tuple(channels), cases, {n: tuple(shape) for n, shape in wire.items()}, role)
+    if config.privacy.clips_updates:
+        raise FederationError(
+            f"{where}, and so what one site sends would change how others' updates are scaled, which the guarantee of "
+            f"{config.privacy.mode} excludes. Leave it out: server.privacy.clip bounds every update already."
+        )
+    if algorithm.scopes.keep_everything:
+        raise FederationError(f"{where}, and {type(algorithm).__name__} exchanges nothing to bound")
 
 
 def _listed(rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
@@ -458,65 +539,47 @@ def _listed(rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     return {name: list(chosen) for name, chosen in rows.items()}
 
 
-def _read_update(answer: Message, site: Participant, request: Message) -> Update:
-    """The update in a site's answer to a request.
-
-    Raises:
-      ParameterError: If it is of another round, a tensor is missing, unknown, of another shape, not finite or too
-        large, or all are zero.
-    """
-    where, round_idx = f"update of site {site.name!r}", request.meta["round"]
-    if answer.meta.get("round") != round_idx:
-        raise ParameterError(f"{where}: is of round {answer.meta.get('round')}, expected {round_idx}")
-    steps, metrics = answer.meta.get("num_steps"), answer.meta.get("metrics")
-    if not is_int(steps) or steps < 1:
-        raise ParameterError(f"{where}: num_steps is {steps!r}, expected a whole number from 1")
-    if not isinstance(metrics, dict) or not all(isinstance(v, float) and math.isfinite(v) for v in metrics.values()):
-        raise ParameterError(f"{where}: metrics are {metrics!r}, expected finite numbers by name")
-    if beyond := {name: value for name, value in metrics.items() if name.startswith("val_") and not 0 <= value <= 1}:
-        raise ParameterError(f"{where}: validation scores {beyond} are not in [0, 1]")
-    expected = {name: shape for name, shape in shapes(request.tensors).items() if name not in request.meta["frozen"]}
-    check_shapes(answer.tensors, expected, where=where)
-    _check_types(answer.tensors, request.tensors, where)
-    check_finite(answer.tensors, where=where)
-    _check_size(answer.tensors, where)
-    check_finite(answer.extras, where=where)
-    return Update(
-        delta=answer.tensors,
-        num_cases=site.num_cases,
-        num_steps=steps,
-        metrics=metrics,
-        extras=answer.extras,
-    )
-
-
-def _check_types(delta: Params, received: Params, where: str) -> None:
-    """Raise `ParameterError` if an update has other types than what it is an update of."""
-    wrong = [f"{n} {t.dtype} instead of {received[n].dtype}" for n, t in delta.items() if t.dtype != received[n].dtype]
-    if wrong:
-        raise ParameterError(f"{where}: {len(wrong)} tensors have another type: {wrong[:4]}")
-
-
-def _check_size(delta: Params, where: str) -> None:
-    """Raise `ParameterError` if an update is zero or beyond anything that training does to weights."""
-    largest = {name: float(tensor.abs().max()) for name, tensor in delta.items() if tensor.numel()}
-    if largest and not any(largest.values()):
-        raise ParameterError(f"{where}: is zero everywhere; the site has not trained")
-    beyond = sorted(name for name, value in largest.items() if value > _LARGEST_CHANGE)
-    if beyond:
-        raise ParameterError(
-            f"{where}: {beyond[0]} changes by {largest[beyond[0]]:.3g}, at most {_LARGEST_CHANGE:.0e} is taken"
-        )
-
-
 def _warn_of_lonely_channels(participants: Sequence[Participant]) -> None:
-    """Say which channels only one of several sites of a modality has: a new sequence, or a misspelt name."""
+    """Say which channels only one of several sites of a modality has: a new sequence, or a misspelt name.
+
+    A fusion site has every sequence: what it shares with one other site is spelt right.
+    """
     for modality in sorted({p.modality for p in participants}):
-        sites = [p for p in participants if p.modality == modality]
+        everyone = [p for p in participants if p.modality == modality]
+        sites = [p for p in everyone if p.role == "site"]
         for channel in sorted({channel for p in sites for channel in p.channels}):
-            names = [p.name for p in sites if channel in p.channels]
-            if len(sites) > 1 and len(names) == 1:
-                logger.warning("only site %s has %s channel %r; misspelt?", names[0], modality, channel)
+            owners = [p.name for p in everyone if channel in p.channels]
+            if len(sites) > 1 and len(owners) == 1:
+                logger.warning("only site %s has %s channel %r; misspelt?", owners[0], modality, channel)
+
+
+def _read_all(
+    answers: Mapping[str, Message | Failure], read: Callable[[str, Message], _T]
+) -> tuple[dict[str, _T], dict[str, str]]:
+    """What could be read of the answers, sorted by site, and why the others could not."""
+    found: dict[str, _T] = {}
+    failures: dict[str, str] = {}
+    for site, answer in sorted(answers.items()):
+        if isinstance(answer, Failure):
+            failures[site] = answer.reason
+            continue
+        try:
+            found[site] = read(site, answer)
+        except ParameterError as error:
+            failures[site] = str(error)
+    return found, failures
+
+
+def _add_participation(so_far: Participation, round_idx: int, done: _Round) -> Participation:
+    """With one round more."""
+    new = {site: {**entry, "absent": dict(entry["absent"])} for site, entry in so_far.items()}
+    for site in done.asked:
+        entry = new.setdefault(site, {"asked": 0, "took_part": 0, "absent": {}})
+        entry["asked"] += 1
+        entry["took_part"] += site in done.updates
+        if site in done.failures:
+            entry["absent"][str(round_idx + 1)] = done.failures[site]
+    return new
 
 
 def _received_score(update: Update) -> float | None:

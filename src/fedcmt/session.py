@@ -30,10 +30,13 @@ from fedcmt.privacy.terms import PrivacyTerms
 from fedcmt.progress import Progress
 from fedcmt.randomness import RandomStream, derive_seed
 from fedcmt.whole_cases import WholeCases, site_device
+from fedcmt.wire import encode
 
 logger = logging.getLogger(__name__)
 
 _LAST = "last.safetensors"
+_PREVIOUS = "previous.safetensors"
+"""The state before the one in `_LAST`: a server that was killed in a round asks for that round again."""
 _BEST = "best.safetensors"
 _HEADS = re.compile(r"(?:^|\.)(?:seg_layers|head)\.")
 """Names of output layers: in nnU-Net's networks, and in `fedcmt.models`."""
@@ -44,6 +47,10 @@ Reporter = Callable[[str, float, int], None]
 
 class DivergedError(RuntimeError):
     """A round's training gave numbers that are not finite; the site went back to the model of the round before."""
+
+
+class RoundGoneError(RuntimeError):
+    """The server asks for a round whose start the site no longer has."""
 
 
 class Aborted(RuntimeError):
@@ -121,12 +128,12 @@ class Session:
         self._teacher: Teacher | None = None
         self._best_score = -1.0
         self._scores: dict[str, float] = {}
-        last_round = -1
-        if (folder / _LAST).exists():
-            last_round = self._restore()
+        self._last_round: int
+        if (folder / _LAST).exists() or (folder / _PREVIOUS).exists():
+            self._restore()
             logger.info("%s: continuing from %s", name, folder)
         else:
-            self._save_last(last_round)
+            self._save_last(-1)
         self._privacy = SitePrivacy(
             terms,
             name=name,
@@ -134,7 +141,7 @@ class Session:
             seed=prepared.seed,
             num_sites=prepared.num_sites,
             sampling_rate=self.trainer.sampling_rate,
-            rounds_done=last_round + 1,
+            rounds_done=self._last_round + 1,
             steps=config.local_steps,
         )
 
@@ -146,23 +153,29 @@ class Session:
     def train_round(self, message: Message, report: Reporter, stop: Callable[[], bool]) -> Message:
         """One round: load what was received, validate it, train, validate again, keep, and return the delta.
 
+        The last round may be asked for again, by a server that was killed before it kept that round: the site then
+        trains from where it stood before it. Its privacy ledger counts both times.
+
         Raises:
+          RoundGoneError: If the site's state is more than one of its rounds ahead of the one asked for.
           DivergedError: If the loss is not finite.
           Aborted: If the engine asked for it.
           ParameterError: If the payload is not what this site exchanges.
         """
         round_idx = message.meta["round"]
+        self._go_back_to_start_of(round_idx)
         self._privacy.open_round(round_idx)
         self.trainer.noise = noise_source(self._privacy.terms, self._prepared.seed, "site", self._name, round_idx)
+        self.trainer.round_idx = round_idx
         try:
             with self._random.active():
                 received = self._whole(message)
                 metrics, seconds = self._train(received, message, round_idx, stop)
             sent = self._outgoing(received, message, round_idx)
+            self._save_last(round_idx)
         except BaseException:
             self._restore()  # or half a round would stay in the personal part and in the optimiser
             raise
-        self._save_last(round_idx)
         shares_metrics = self._privacy.terms.shares_metrics
         released = metrics if shares_metrics else {}
         for tag, value in {**released, "learning_rate": self.trainer.learning_rate}.items():
@@ -175,12 +188,14 @@ class Session:
         return Message(meta, *sent)
 
     def _outgoing(self, received: Params, message: Message, round_idx: int) -> tuple[Params, Params]:
-        """The update and the extras, as the job's privacy lets them leave."""
+        """The update as the job's privacy lets it leave, in the type the server asked for, and the extras."""
         update = delta(self.partition.outgoing(snapshot(self.trainer.module)), received)
         trained = {name: tensor for name, tensor in update.items() if name not in message.meta["frozen"]}
         sent = take_rows(trained, message.meta.get("rows", {}))
         extras = self._algorithm.local_extras(self.trainer.module)
-        return self._privacy.outgoing(sent, extras, round_idx), extras
+        seed = derive_seed(self._prepared.seed, "wire", self._name, round_idx)
+        covered = self._privacy.outgoing(sent, extras, round_idx)
+        return encode(covered, message.meta.get("update_dtype", "float32"), seed=seed), extras
 
     def _train(
         self, wire: Params, message: Message, round_idx: int, stop: Callable[[], bool]
@@ -364,8 +379,28 @@ class Session:
 
         return on_step
 
+    def _go_back_to_start_of(self, round_idx: int) -> None:
+        """Undo the site's last round if it is asked for again.
+
+        Raises:
+          RoundGoneError: If that would not be enough.
+        """
+        if round_idx > self._last_round:
+            return
+        previous = self._folder / _PREVIOUS
+        kept = load_tensors(previous)[1]["round"] if previous.exists() else self._last_round
+        if kept >= round_idx:
+            raise RoundGoneError(
+                f"{self._name}: the server asks for round {round_idx + 1}, this site has trained round "
+                f"{self._last_round + 1} and keeps no state from before round {round_idx + 1}. Resume with the "
+                f"server's newest state, or start anew; the site's files are in {self._folder}."
+            )
+        logger.info("%s: round %d is asked for again; going back to the state before it", self._name, round_idx + 1)
+        previous.replace(self._folder / _LAST)
+        self._restore()
+
     def _save_last(self, round_idx: int) -> None:
-        """Model, optimiser and random state of one moment, in one file."""
+        """Model, optimiser and random state of one moment, in one file; the one before it is kept too."""
         optimizer, optimizer_plain = self.trainer.export_state()
         random_tensors, random_plain = self._random.export()
         tensors = {f"network/{n}": t for n, t in snapshot(self.trainer.module).items()}
@@ -375,11 +410,17 @@ class Session:
         tensors |= {f"algorithm/{n}": t for n, t in remembered.items()}
         meta = {"optimizer": optimizer_plain, "random": random_plain, "best_score": self._best_score}
         meta |= {"scores": self._scores, "algorithm": plain}
-        save_tensors(self._folder / _LAST, tensors, {"round": round_idx, **meta})
+        last = self._folder / _LAST
+        if last.exists():
+            last.replace(self._folder / _PREVIOUS)
+        save_tensors(last, tensors, {"round": round_idx, **meta})
+        self._last_round = round_idx
 
-    def _restore(self) -> int:
-        """Go back to what `_save_last` stored, and return its round."""
+    def _restore(self) -> None:
+        """Go back to what `_save_last` stored; where it did not come to its end, to what it stored before."""
         path = self._folder / _LAST
+        if not path.exists():
+            (self._folder / _PREVIOUS).replace(path)
         tensors, meta = load_tensors(path)
         parts: dict[str, Params] = {"network": {}, "optimizer": {}, "random": {}, "algorithm": {}}
         for name, tensor in tensors.items():
@@ -391,7 +432,7 @@ class Session:
         self._algorithm.restore_local(parts["algorithm"], meta.get("algorithm", {}))
         self._best_score = meta["best_score"]
         self._scores = dict(meta["scores"])
-        return int(meta["round"])
+        self._last_round = int(meta["round"])
 
 
 def _score_split(cases: WholeCases, split: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ when an answer leaves: what was prepared, the last model with optimiser and rand
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -74,6 +74,7 @@ class Site:
           stop: Asked between training steps; true ends the task with `Aborted`.
         """
         self._stop = stop
+        self._count("received", message)
         steps = {
             Task.FINGERPRINT: self._fingerprint,
             Task.PREPARE: self._prepare,
@@ -84,7 +85,8 @@ class Site:
         if THREADS_VARIABLE in os.environ:
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))  # equal sums need equal threads in every engine
         with environment(self._loader_variables()):
-            answer = steps[task](message)
+            done = steps[task](message)
+        answer = replace(done, meta={**done.meta, "task": task.value, "site": self.name})
         self._release(task, message, answer)
         return answer
 
@@ -142,7 +144,7 @@ class Site:
         write_json(self._folder / "prepared.json", asdict(prepared))
         self.close()
         if not message.meta["resume"]:
-            for stale in ("last.safetensors", "best.safetensors"):
+            for stale in ("previous.safetensors", "last.safetensors", "best.safetensors"):
                 (self._folder / stale).unlink(missing_ok=True)
             set_aside(self._folder / LEDGER_FILE)
             self._bytes = dict(_NO_TRAFFIC)
@@ -193,7 +195,7 @@ class Site:
         return Session(self.name, self._config, self._algorithm, self._folder, self._dataset, prepared)
 
     def _release(self, task: Task, message: Message, answer: Message) -> None:
-        """Check and record the answer, then count the bytes of both directions."""
+        """Check, record and count the answer."""
         partition = None if self._session is None else self._session.partition
         self._ledger.release(
             answer.tensors,
@@ -204,10 +206,12 @@ class Site:
             extras=answer.extras,
             personal=partition.personal if partition else (),
         )
-        for direction, sent in (("sent", answer), ("received", message)):
-            for tensors in (sent.tensors, sent.extras):
-                self._bytes[direction] += serialized_size(tensors)[1] if tensors else 0
+        self._count("sent", answer)
         write_json(self._folder / _TRAFFIC, self._bytes)
+
+    def _count(self, direction: str, message: Message) -> None:
+        for tensors in (message.tensors, message.extras):
+            self._bytes[direction] += serialized_size(tensors)[1] if tensors else 0
 
     @property
     def _dataset(self) -> Path:

@@ -4,6 +4,7 @@ What streams over tensors (`fedcmt.algorithms.conflict_averse`) reads mapped one
 the file, and the system drops them when it needs room.
 """
 
+import secrets
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,8 @@ class SpooledUpdates:
             if site in self._sites:
                 raise ParameterError(f"upload of {site!r}: is already in {self._folder}; one upload a site and round")
             self._sites.append(site)
-            path = self._folder / _FILES.replace("*", f"{len(self._sites):04}")
+            # No number: an upload that is still being written when its task times out must not meet the next round's.
+            path = self._folder / _FILES.replace("*", secrets.token_hex(8))
         save_tensors(path, tensors, {"site": site})
         return load_tensors(path)[0]
 

@@ -26,6 +26,10 @@ OWN_NETWORK = ("FedMEPD",)
 """Algorithms that need a network and roles of their own; their own tests hold them to this contract."""
 
 
+UNWEIGHTED = ("CoordinateMedian", "TrimmedMean")
+"""Algorithms in which every site counts alike and none alone moves anything."""
+
+
 def named_in_jobs() -> list[str]:
     """Each algorithm that shares something, with its args, once, as JSON."""
     files = sorted(JOBS.glob(f"*/{SERVER_CONFIG}"))
@@ -240,6 +244,9 @@ def test_the_local_loss_is_a_finite_scalar_with_gradients(setting: Setting) -> N
     assert all(torch.equal(t, named_tensors(network)[n]) for n, t in received.items())
 
 
+@pytest.mark.parametrize(
+    "setting", [spec for spec in named_in_jobs() if name_of(spec) not in UNWEIGHTED], ids=name_of, indirect=True
+)
 def test_more_cases_never_weigh_less(setting: Setting) -> None:
     def north_after(cases: int) -> float:
         updates = setting.updates(lambda site, tensor: torch.full_like(tensor, 1.0 if site == "north" else 0.0))

@@ -30,9 +30,9 @@ def network(calibrated: bool) -> FedMEPDNet:
     return made.train()
 
 
-def trained(site: AnchorSite, model: FedMEPDNet, cases: list[str]) -> None:
-    """A round of one step per case, on other images each."""
-    site.local_start(model, {})
+def trained(site: AnchorSite, model: FedMEPDNet, cases: list[str], received: Params | None = None) -> None:
+    """A round of one step per case, on other images each, after these anchors have come."""
+    site.local_start(model, received or {})
     for number, case in enumerate(cases):
         image = torch.randn(1, 1, 8, 8, 12, generator=torch.Generator().manual_seed(number))
         output = model(image)
@@ -73,7 +73,7 @@ def test_a_calibrated_site_takes_anchors_and_sends_none() -> None:
     site.local_start(model, given)
     held = dict(model.named_parameters())
     assert all(torch.equal(held[name], tensor) for name, tensor in given.items())
-    trained(site, model, ["a"])
+    trained(site, model, ["a"], given)
     assert anchors(site, model) == {}
     with pytest.raises(ParameterError, match="anchors from the fusion site"):
         site.local_start(model, {**given, "anchors.1": torch.rand(6, 4)})

@@ -97,6 +97,33 @@ def test_centralised_model_of_other_labels_has_its_own_table() -> None:
     )
 
 
+def test_participation_has_a_line_with_reasons() -> None:
+    participation = {
+        "client1": {"asked": 10, "took_part": 10, "absent": {}},
+        "client2": {"asked": 10, "took_part": 8, "absent": {"3": "no answer within 20 s", "7": "DivergedError"}},
+    }
+    results = {"sites": {"client1": segmentation({"WT": 0.9})}, "participation": participation}
+    (table, line) = results_table(results).split("\n\n")
+    assert table.splitlines()[1].startswith("client1")
+    assert line == (
+        "Rounds taken part: client1 10/10, client2 8/10 (round 3: no answer within 20 s; round 7: DivergedError)\n"
+    )
+
+
+def test_many_absences_and_long_reasons_are_cut_and_a_site_without_results_is_named() -> None:
+    absent = {str(number): "x" * 400 for number in range(2, 42)}
+    results = {
+        "sites": {"a": segmentation({"WT": 0.9})},
+        "participation": {"b": {"asked": 50, "took_part": 10, "absent": absent}},
+        "failed": {"b": "disk full"},
+    }
+    first, second = results_table(results).rstrip().split("\n\n")[1].split("\n")
+    assert first.startswith("Rounds taken part: b 10/50 (round 2: " + "x" * 120 + "…; round 3: ")
+    assert first.endswith("; 37 more)")
+    assert "round 5" not in first
+    assert second == "Without results: b (disk full)"
+
+
 def test_the_line_of_learning_has_a_site_s_first_and_last_score() -> None:
     patches = {"score": "dice", "first": 0.05, "last": 0.87654}
     results = {"sites": {"a": {"validation_patches": patches}, "b": {}, "c": {"validation_patches": {"score": "dice"}}}}

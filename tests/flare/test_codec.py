@@ -29,6 +29,8 @@ def test_a_message_comes_out_as_it_went_in(update: bool) -> None:
         "half": torch.tensor([0.5, -2.0]).half(),
         "b": torch.tensor([1.5]).bfloat16(),
         "scalar": torch.tensor(7.0),
+        "codes": torch.tensor([[-127, 3]], dtype=torch.int8),
+        "codes#scale": torch.tensor([0.5]),
     }
     extras = {"anchor": torch.tensor([[1.0], [2.0]]), "encoder.w@mr.t1": torch.tensor([9.0])}
     got = decode(over_the_wire(encode(Message(META, tensors, extras), update=update)))

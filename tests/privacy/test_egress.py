@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedcmt.privacy.egress import EgressLedger, PersonalTensorError
+from fedcmt.wire import encode
 
 
 def release(ledger: EgressLedger, tensors: dict[str, Tensor], round_idx: int | None = 0, **meta: object) -> None:
@@ -69,6 +70,17 @@ def test_a_restarted_site_appends(tmp_path: Path) -> None:
     assert [row["round"] for row in EgressLedger(tmp_path / "egress.jsonl").rows()] == [0, 1, 2]
 
 
+def test_a_line_that_a_kill_has_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "egress.jsonl"
+    path.write_text('{"task": "train"}\n{"task": "tra')
+    ledger = EgressLedger(path)
+    for round_idx in (1, 2):
+        ledger.release({}, {}, allowed=(), task="train", round_idx=round_idx)
+    first, torn, *rest = path.read_text().splitlines()
+    assert (json.loads(first), torn) == ({"task": "train"}, '{"task": "tra')
+    assert [json.loads(line)["round"] for line in rest] == [1, 2]
+
+
 def test_an_extra_is_recorded_under_a_name_of_its_own(tmp_path: Path) -> None:
     ledger = EgressLedger(tmp_path / "egress.jsonl")
     ledger.release(
@@ -85,4 +97,32 @@ def test_an_extra_that_names_a_personal_parameter_is_refused(tmp_path: Path) -> 
         ledger.release(
             {}, {}, allowed=[], task="train", round_idx=0, extras={"decoder.w": torch.ones(1)}, personal=["decoder.w"]
         )
+    assert ledger.rows() == []
+
+
+def test_an_update_in_bytes_is_recorded_as_it_travels_and_with_the_norm_of_its_values(tmp_path: Path) -> None:
+    ledger = EgressLedger(tmp_path / "egress.jsonl")
+    release(ledger, encode({"a": torch.tensor([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])}, "int8", seed=0))
+    (row,) = ledger.rows()
+    assert row["tensors"] == {
+        "a": {"shape": [2, 3], "dtype": "int8"},
+        "a#scale": {"shape": [2], "dtype": "float32"},
+    }
+    assert row["tensor_bytes"] == 6 + 2 * 4
+    assert row["norm"] == pytest.approx(5.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_personal_tensor_is_refused_in_any_type(dtype: str, tmp_path: Path) -> None:
+    ledger = EgressLedger(tmp_path / "egress.jsonl")
+    with pytest.raises(PersonalTensorError, match=r"refused to send 1 .*\['decoder\.bias'\]"):
+        release(ledger, encode({"a": torch.ones(2), "decoder.bias": torch.ones(3)}, dtype, seed=0))
+    assert ledger.rows() == []
+
+
+def test_scales_without_their_tensor_are_refused(tmp_path: Path) -> None:
+    ledger = EgressLedger(tmp_path / "egress.jsonl")
+    for stray in ("a#scale", "decoder.bias#scale"):
+        with pytest.raises(PersonalTensorError, match=stray):
+            release(ledger, {stray: torch.ones(3)})
     assert ledger.rows() == []

@@ -204,7 +204,9 @@ class FedMEPD(AnchorSite):
         moves: Params = {}
         for name in sorted({name for update in updates.values() for name in update.delta if _sequence(name)}):
             senders = [site for site in sorted(updates) if name in updates[site].delta]
-            total = torch.stack([updates[site].delta[name].double() for site in senders]).sum(dim=0)
+            total = torch.zeros_like(updates[senders[0]].delta[name], dtype=torch.float64)
+            for site in senders:
+                total += updates[site].delta[name]
             # The server's own copy is where the change is measured from, so it only divides.
             moves[name] = total / (len(senders) + self.server_in_encoder_mean)
         return moves

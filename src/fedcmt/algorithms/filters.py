@@ -139,7 +139,8 @@ def mean_change(members: Sequence[tuple[Filters, Tensor]]) -> Tensor:
     weighted = torch.zeros(count, *change.shape[1:], dtype=torch.float64)
     for filters, own in members:
         shared = filters.federated
-        weighted[shared] += _by_row(filters.weight[shared], own) * own.double()
+        rows = slice(None) if bool(shared.all()) else shared  # a mask copies, and for long most filters are shared
+        weighted[rows] += _by_row(filters.weight[rows], own) * own.double()
         total += torch.where(shared, filters.weight, torch.zeros_like(total))
     divisor = _by_row(torch.where(total > 0, total, torch.ones_like(total)), weighted)
     return weighted / divisor

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 _MEGABYTE = 1_000_000
 _NONE = "-"
+_MOST_ABSENCES = 3
+_LONGEST_REASON = 120
 
 
 class _Column(NamedTuple):
@@ -23,9 +25,10 @@ def results_table(results: Mapping) -> str:
     Args:
       results: What ``results.json`` holds. Read are ``job``, ``engine``, ``seed``, ``rounds``, ``seconds`` (the line
         above the tables, each optional), ``sites`` (name -> ``task``, ``bytes_sent``, ``bytes_received``, ``test``,
-        optionally ``common``), ``centralised`` (optional, a ``test`` alone) and ``privacy`` (optional, as
-        `ServerPrivacy.summary` gives it). ``test`` is what `FolderScores.summary` gives of a segmentation site
-        (``cases``, ``mean_dice`` and ``dice`` suffice), ``{cases, accuracy, balanced_accuracy, auc}`` of a
+        optionally ``common``), ``centralised`` (optional, a ``test`` alone), ``participation`` (optional, site ->
+        ``asked``, ``took_part``, ``absent``), ``failed`` (optional, site -> why it has no results) and ``privacy``
+        (optional, as `ServerPrivacy.summary` gives it). ``test`` is what `FolderScores.summary` gives of a segmentation
+        site (``cases``, ``mean_dice`` and ``dice`` suffice), ``{cases, accuracy, balanced_accuracy, auc}`` of a
         classification site, or None. ``common`` has the same form.
 
     Returns:
@@ -43,6 +46,8 @@ def results_table(results: Mapping) -> str:
     if common:
         first, *others = _tables(common, None)
         blocks += [f"Common test set\n{first}", *others]
+    if results.get("participation"):
+        blocks.append(_participation_line(results["participation"], results.get("failed", {})))
     if results.get("privacy"):
         blocks.append(_privacy_line(results["privacy"]))
     return "\n\n".join(blocks) + "\n"
@@ -60,6 +65,28 @@ def learning_line(results: Mapping) -> str:
         if "first" in patches:
             parts.append(f"{name} {patches['score']} {_number(patches['first'])} -> {_number(patches['last'])}")
     return ", ".join(parts)
+
+
+def _participation_line(participation: Mapping[str, Mapping], failed: Mapping[str, str]) -> str:
+    """In how many of its rounds each site took part, and why not in the others."""
+    parts = [f"{site} {entry['took_part']}/{entry['asked']}{_absences(entry)}" for site, entry in participation.items()]
+    line = f"Rounds taken part: {', '.join(parts)}"
+    if failed:
+        line += "\nWithout results: " + ", ".join(f"{site} ({_shortened(why)})" for site, why in failed.items())
+    return line
+
+
+def _absences(entry: Mapping) -> str:
+    """The first rounds without the site, in brackets; nothing if there is none."""
+    absent = list(entry["absent"].items())
+    told = [f"round {number}: {_shortened(reason)}" for number, reason in absent[:_MOST_ABSENCES]]
+    if len(absent) > _MOST_ABSENCES:
+        told.append(f"{len(absent) - _MOST_ABSENCES} more")
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= _LONGEST_REASON else reason[:_LONGEST_REASON] + "…"
 
 
 def _privacy_line(privacy: Mapping) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nvflare.apis.analytix import AnalyticsDataType
@@ -41,8 +42,10 @@ class FederatedRounds(Controller):
       round_timeout: Seconds a site may take for its part of a round.
       setup_timeout: Seconds a site may take for each task before and after the rounds.
       contribution: Keys of `fedcmt.config.ContributionConfig`.
+      max_norm_ratio: Largest update in units of the median size of its round's; null is any.
       cross_site: Whether to score each site's model at every other site in the last round.
       privacy: Keys of `fedcmt.privacy.terms.PrivacyTerms`.
+      update_dtype: Numbers of sites' updates on the wire: float32, float16 or int8.
       aggregator_id: Id of the FLARE component that is the algorithm.
     """
 
@@ -56,15 +59,18 @@ class FederatedRounds(Controller):
         setup_timeout: int = 86400,
         schedule_rounds: int | None = None,
         contribution: dict | None = None,
+        max_norm_ratio: float | None = None,
         cross_site: bool = False,
         privacy: dict | None = None,
+        update_dtype: str = "float32",
         aggregator_id: str = "aggregator",
     ) -> None:
         super().__init__()
         args = {"num_rounds": num_rounds, "planning": planning or {}, "min_sites": min_sites, "seed": seed}
         args |= {"round_timeout": round_timeout, "setup_timeout": setup_timeout}
+        args |= {"max_norm_ratio": max_norm_ratio}
         args |= {"schedule_rounds": schedule_rounds, "contribution": contribution or {}, "cross_site": cross_site}
-        args |= {"privacy": privacy or {}}
+        args |= {"privacy": privacy or {}, "update_dtype": update_dtype}
         self._config = ServerConfig.from_dict(args, "server workflow")
         self._aggregator_id = aggregator_id
         self._algorithm: Algorithm | None = None
@@ -102,7 +108,10 @@ class FederatedRounds(Controller):
             (folder / "server" / "failure.txt").write_text(str(error))
             self.system_panic(str(error), fl_ctx)
             return
-        write_json(folder / "server" / "results.json", results, indent=2)
+        # In FLARE's folder of the job too, which it keeps and hands out.
+        downloadable = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+        for place in (folder / "server", downloadable):
+            write_json(place / "results.json", results, indent=2)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Nothing outlives the control flow."""

@@ -7,6 +7,8 @@ from torch.optim import Optimizer
 
 _DECAY = 0.015
 """Per round, in Fed-MUnet's released code."""
+_DIGITS = 8
+"""After the point, of a rate in FedMEPD's released code."""
 
 
 class ExponentialPolyLR(PolyLRScheduler):
@@ -33,3 +35,34 @@ class ExponentialPolyLR(PolyLRScheduler):
         decay = math.exp(-_DECAY * (last // self._steps_per_round))
         for group in self.optimizer.param_groups:
             group["lr"] *= decay
+
+
+class RoundPolyLR(PolyLRScheduler):
+    """One rate for all steps of a round: lr (1 - round / rounds)^0.9, rounded to 8 digits after the point.
+
+    As the released code of FedMEPD (arXiv 2603.04887) trains. The clock is the job's round, also at a site that has
+    not taken part in all of them.
+
+    Args:
+      optimizer: Its learning rate is set.
+      lr: Of round 0.
+      rounds: R, of the whole job.
+
+    Raises:
+      ValueError: If the last round's rate would be rounded to 0.
+    """
+
+    def __init__(self, optimizer: Optimizer, lr: float, rounds: int) -> None:
+        last = lr * (1 / rounds) ** 0.9
+        if round(last, _DIGITS) == 0:
+            raise ValueError(
+                f"optimizer: with lr {lr:g} and schedule round_poly the last of {rounds} rounds has the rate "
+                f"{last:.1e}, which is rounded to 0. Use a larger lr, or schedule poly."
+            )
+        super().__init__(optimizer, lr, rounds)
+
+    def step(self, current_step: int | None = None) -> None:
+        """Set the rate of a round, 0-based; the next one where none is given."""
+        super().step(current_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = round(group["lr"], _DIGITS)

@@ -29,7 +29,7 @@ from fedcmt.models.fedmepd import FedMEPDNet
 from fedcmt.models.fedmepd_loss import fedmepd_loss
 from fedcmt.models.munet_loss import published_loss
 from fedcmt.nnunet.network import uses_deep_supervision
-from fedcmt.nnunet.schedules import ExponentialPolyLR
+from fedcmt.nnunet.schedules import ExponentialPolyLR, RoundPolyLR
 from fedcmt.params import Params
 from fedcmt.privacy.noise import NoiseSource
 from fedcmt.randomness import RandomStream
@@ -88,6 +88,7 @@ class SiteTrainer(nnUNetTrainer):
       score: What `validate` measures, in [0, 1].
       noise: Of a trainer that protects its cases; a round's own.
       steps_done: Optimiser steps taken since the job began; the learning-rate schedule's clock.
+      round_idx: The job's round, 0-based; the clock of a schedule of rounds.
     """
 
     score: ClassVar[str] = "dice"
@@ -101,6 +102,7 @@ class SiteTrainer(nnUNetTrainer):
     missing_channels: bool
     loss_name: LossName
     steps_done: int = 0
+    round_idx: int = 0
     loss_hook: LossHook | None = None
 
     @property
@@ -181,6 +183,8 @@ class SiteTrainer(nnUNetTrainer):
             return optimizer, PolyLRScheduler(optimizer, config.lr, self.total_steps)
         if config.schedule == "exp_poly":
             return optimizer, ExponentialPolyLR(optimizer, config.lr, self.total_steps, self.steps_per_round)
+        if config.schedule == "round_poly":
+            return optimizer, RoundPolyLR(optimizer, config.lr, self.total_steps // self.steps_per_round)
         return optimizer, ConstantLR(optimizer, factor=1.0)
 
     @property
@@ -202,8 +206,9 @@ class SiteTrainer(nnUNetTrainer):
         losses = []
         for step in range(1, num_steps + 1):
             if isinstance(self.lr_scheduler, PolyLRScheduler):
+                clock = self.round_idx if isinstance(self.lr_scheduler, RoundPolyLR) else self.steps_done
                 # Clamped: beyond the last step the base is negative and its power complex.
-                self.lr_scheduler.step(min(self.steps_done, self.total_steps - 1))
+                self.lr_scheduler.step(min(clock, self.lr_scheduler.max_steps - 1))
             loss = float(self.train_step(next(self.dataloader_train))["loss"])
             self.steps_done += 1
             losses.append(loss)

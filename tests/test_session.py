@@ -1,0 +1,212 @@
+"""A site that is asked for a round again, and one that was killed while it stored its state."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fedcmt.session
+from fedcmt.algorithms.fedcmt import FedCMT
+from fedcmt.config import OptimizerConfig, SiteConfig
+from fedcmt.data.phantoms import make_brain_mr
+from fedcmt.json_file import read_json
+from fedcmt.messages import Message, Task
+from fedcmt.nnunet.planner import FederatedPlanner
+from fedcmt.params import Params, load_tensors, save_tensors
+from fedcmt.session import RoundGoneError
+from fedcmt.site import Site
+
+PLANNING = {
+    "mode": "architecture",
+    "base_features": 4,
+    "max_features": 8,
+    "max_stages": 2,
+    "max_patch_size": [16, 16, 24],
+    "batch_size": 1,
+    "extra_stem_convolution": True,
+}
+CONFIG = SiteConfig(
+    704, "MR", local_steps=1, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2, schedule="poly"), device="cpu"
+)
+INSTANCE_DP = {"mode": "instance_dp", "noise_multiplier": 1.0, "expected_batch": 2, "delta": 1e-3, "noise": "seeded"}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("session") / "raw"
+    make_brain_mr(
+        folder / "Dataset704_Tiny",
+        num_train=5,
+        num_test=0,
+        seed=3,
+        style="site_a",
+        channels=("FLAIR", "T2"),
+        shape_vox=(24, 28, 20),
+    )
+    return folder
+
+
+@pytest.fixture
+def site(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[..., Site], Params]:
+    """Opens the site, anew or as after a kill, and the payload of every round."""
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+    monkeypatch.setenv("nnUNet_preprocessed", str(raw.parent / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    return prepared(tmp_path / "site")
+
+
+def prepared(
+    folder: Path, privacy: dict[str, Any] | None = None, config: SiteConfig = CONFIG
+) -> tuple[Callable[..., Site], Params]:
+    def opened() -> Site:
+        return Site("north", config, FedCMT(), folder)
+
+    made, planner = opened(), FederatedPlanner(PLANNING, seed=5)
+    introduction = {"job": "job", "seed": 5, "planning": PLANNING, "privacy": privacy or {}, "num_sites": 1}
+    answer = made.handle(Task.FINGERPRINT, Message(introduction))
+    plans = planner.plan({"north": answer.meta["fingerprint"]}, {})
+    rounds = {"num_rounds": 4, "schedule_rounds": 4, "resume": False}
+    ready = made.handle(Task.PREPARE, Message({"plans": plans["north"], **rounds}))
+    initial = planner.initial(plans, {"north": answer.meta["fingerprint"]}, {"north": "MR"}, FedCMT().scopes)
+    return opened, {name: initial[name] for name in ready.meta["wire_shapes"]}
+
+
+def trained(site: Site, payload: Params, round_idx: int) -> Message:
+    return site.handle(Task.TRAIN, Message({"round": round_idx, "frozen": []}, payload))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def last(folder: Path) -> tuple[Params, dict]:
+    return load_tensors(folder / "site" / "last.safetensors")
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_round_that_is_asked_for_again_is_trained_from_where_it_began(
+    site: tuple[Callable[..., Site], Params], tmp_path: Path, times: int, restarted: bool
+) -> None:
+    opened, payload = site
+    running = opened()
+    trained(running, payload, 0)
+    first, kept = trained(running, payload, 1), last(tmp_path)
+    for _ in range(times):
+        running = opened() if restarted else running
+        again = trained(running, payload, 1)
+        assert same(first.tensors, again.tensors)
+        assert first.meta["metrics"] == again.meta["metrics"]
+        assert same(kept[0], last(tmp_path)[0])
+        assert kept[1] == last(tmp_path)[1]
+    assert not same(first.tensors, trained(opened(), payload, 2).tensors)
+
+
+def test_the_first_round_can_be_asked_for_again_too(site: tuple[Callable[..., Site], Params]) -> None:
+    opened, payload = site
+    assert same(trained(opened(), payload, 0).tensors, trained(opened(), payload, 0).tensors)
+
+
+def test_a_round_that_the_server_went_on_without_is_no_reason_to_go_back(
+    site: tuple[Callable[..., Site], Params], tmp_path: Path
+) -> None:
+    opened, payload = site
+    trained(opened(), payload, 0)
+    trained(opened(), payload, 2)
+    assert last(tmp_path)[1]["round"] == 2
+    assert last(tmp_path)[1]["optimizer"]["steps_done"] == 2
+    trained(opened(), payload, 1)  # the server lost round 2 and asks for the one it never got
+    assert last(tmp_path)[1]["optimizer"]["steps_done"] == 2
+
+
+def test_what_lies_further_back_is_refused_and_nothing_changes(
+    site: tuple[Callable[..., Site], Params], tmp_path: Path
+) -> None:
+    opened, payload = site
+    for round_idx in range(3):
+        trained(opened(), payload, round_idx)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "site").glob("*.safetensors")}
+    with pytest.raises(RoundGoneError, match=r"asks for round 2, this site has trained round 3 and keeps no state"):
+        trained(opened(), payload, 1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "site").glob("*.safetensors")} == before
+
+
+def test_a_site_keeps_two_states_however_long_it_trains(
+    site: tuple[Callable[..., Site], Params], tmp_path: Path
+) -> None:
+    opened, payload = site
+    running = opened()
+    for round_idx in range(3):
+        trained(running, payload, round_idx)
+    names = {path.name for path in (tmp_path / "site").glob("*safetensors*")}
+    assert names == {"last.safetensors", "previous.safetensors", "best.safetensors"}
+    assert load_tensors(tmp_path / "site" / "previous.safetensors")[1]["round"] == 1
+
+
+@pytest.mark.parametrize("restarted", [True, False], ids=["killed", "disk full"])
+def test_a_state_that_could_not_be_stored_leaves_the_one_before_it(
+    site: tuple[Callable[..., Site], Params],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    restarted: bool,
+) -> None:
+    opened, payload = site
+    running = opened()
+    trained(running, payload, 0)
+    expected = trained(running, payload, 1)
+    running = opened()
+
+    def full(path: Path, *values: Any) -> None:
+        if path.name == "last.safetensors":
+            raise OSError("no space left on device")
+        save_tensors(path, *values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedcmt.session, "save_tensors", full)
+        with pytest.raises(OSError, match="no space left"):
+            trained(running, payload, 1)
+    assert last(tmp_path)[1]["round"] == 0
+    if restarted:  # as a kill leaves it: the former state has given its name away
+        (tmp_path / "site" / "last.safetensors").rename(tmp_path / "site" / "previous.safetensors")
+        running = opened()
+    assert same(trained(running, payload, 1).tensors, expected.tensors)
+
+
+def test_a_run_that_starts_anew_leaves_no_state_of_an_earlier_one(
+    site: tuple[Callable[..., Site], Params], tmp_path: Path
+) -> None:
+    opened, payload = site
+    trained(opened(), payload, 0)
+    prepared(tmp_path / "site")
+    assert not (tmp_path / "site" / "previous.safetensors").exists()
+    assert last(tmp_path)[1]["round"] == -1
+
+
+def test_a_round_that_is_trained_again_is_counted_again(
+    site: tuple[Callable[..., Site], Params], tmp_path: Path
+) -> None:
+    """The noise is seeded, so that the second update is the first; with secure noise it would be another release."""
+    opened, payload = prepared(tmp_path / "covered", INSTANCE_DP)
+    first, again = (trained(opened(), payload, 0) for _ in range(2))
+    assert same(first.tensors, again.tensors)
+    rows = (tmp_path / "covered" / "privacy.jsonl").read_text().splitlines()[1:]
+    assert len(rows) == 2
+    assert all('"round": 0' in row for row in rows)
+
+
+def test_a_schedule_of_rounds_follows_the_job_s_round_and_not_the_site_s(
+    site: tuple[Callable[..., Site], Params], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, optimizer=replace(CONFIG.optimizer, schedule="round_poly"), local_steps=2)
+    opened, payload = prepared(tmp_path / "by_round", config=config)
+    seen: list[float] = []
+    running = opened()
+    running._report = lambda tag, value, _: seen.append(value) if tag == "learning_rate" else None
+    for round_idx in (0, 3, 4):
+        trained(running, payload, round_idx)
+    assert seen == pytest.approx([1e-2, 1e-2 * 0.25**0.9, 1e-2 * 0.25**0.9], abs=5e-9)
+    assert read_json(tmp_path / "by_round" / "prepared.json")["schedule_rounds"] == 4
