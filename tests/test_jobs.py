@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fedcmt.compare_jobs import Frame, Method, stage_methods
 from fedcmt.config import SERVER_CONFIG, JobConfig, SiteConfig, build_algorithm, component
 from fedcmt.data.partition import COMMON, Equal, Fractions, Patient, Proportions, partition_patients
 from fedcmt.data.partition_cut import FRACTION_KEYS
@@ -223,6 +224,21 @@ def test_no_file_names_an_absolute_path(job: Path) -> None:
     for file in job.rglob("*.json"):
         absolute = [s for s in strings(json.loads(file.read_text())) if s.startswith(("/", "~")) or ":\\" in s]
         assert absolute == [], file
+
+
+def test_fedmepd_s_comparison_rows_train_on_the_same_patients(tmp_path: Path) -> None:
+    jobs = ("brats_fedmepd", "brats_fedmepd_fedavg", "brats_fedmepd_standalone")
+    staged = stage_methods(JOBS, [Method(job, job) for job in jobs], Frame(demo=True), tmp_path)
+    mepd, fedavg, standalone = (job.config for job in staged)
+    assert {site.local_steps for job in staged for site in job.config.sites.values()} == {15}
+    assert {name for name, site in mepd.sites.items() if site.role == "fusion"} == {"fusion"}
+    assert mepd.sites["c5"].dataset_id == standalone.sites["c5"].dataset_id
+    own, filled = (
+        {n: s for job in staged for n, s in job.recipe["cohort"].items() if n.endswith("C5")}[name]
+        for name in ("Dataset935_DemoC5", "Dataset965_DemoC5")
+    )
+    assert (own["channels"], filled["blank"]) == (["T1ce"], ["FLAIR", "T1", "T2"])
+    assert fedavg.sites["c5"].missing_channels
 
 
 def test_there_are_jobs() -> None:

@@ -21,7 +21,7 @@ from fedcmt.data.split import dataset_names, make_cuts
 from fedcmt.job_folder import Override, apply_overrides, cohort_of, demo_profile, find_job, parse_override, stage
 from fedcmt.json_file import read_json, write_json
 
-_SAME_AT_EACH_SITE = ("dataset_id", "task", "classes", "modality", "channels", "fold")
+_SAME_AT_EACH_SITE = ("task", "classes", "modality", "channels", "fold")
 _OWN_OF_A_POOLED_SITE = ("dataset_id", "task", "classes", "modality", "channels")
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 _RESERVED_LABELS = ("jobs", "preprocessed", "nnUNet_raw", "previous")
@@ -285,7 +285,7 @@ def check_comparable(staged: Sequence[StagedJob]) -> None:
 
 
 def _check_same_sites(first: StagedJob, other: StagedJob) -> None:
-    here, there = _site_facts(other.config), _site_facts(first.config)
+    here, there = _site_facts(other), _site_facts(first)
     if difference := _first_difference(there, here):
         differing = [key for key in here if here[key] != there.get(key)]
         of_other_splits = all(key.endswith(".dataset_id") for key in differing)
@@ -296,11 +296,22 @@ def _check_same_sites(first: StagedJob, other: StagedJob) -> None:
         )
 
 
-def _site_facts(config: JobConfig) -> dict[str, Any]:
-    facts: dict[str, Any] = {"sites": sorted(config.sites)}
-    for name, site in config.sites.items():
+def _site_facts(job: StagedJob) -> dict[str, Any]:
+    facts: dict[str, Any] = {"sites": sorted(job.config.sites)}
+    for name, site in job.config.sites.items():
+        facts[f"{name}.dataset_id"] = _patients(job.recipe.get("cohort", {}), site.dataset_id)
         facts |= {f"{name}.{key}": getattr(site, key) for key in _SAME_AT_EACH_SITE}
     return facts
+
+
+def _patients(cohort: Mapping[str, Mapping[str, Any]], dataset_id: int) -> int | str:
+    """What tells the patients of a data set: its id, but of a generated one its name and all but its channels, which
+    one method may take as zeros where another goes without."""
+    for dataset, spec in cohort.items():
+        if dataset.startswith(f"Dataset{dataset_id:03}_"):
+            drawn = {key: value for key, value in spec.items() if key not in ("channels", "blank")}
+            return f"{dataset.partition('_')[2]} {json.dumps(drawn, sort_keys=True)}"
+    return dataset_id
 
 
 def _steps(config: JobConfig) -> dict[str, int]:

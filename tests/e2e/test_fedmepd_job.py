@@ -104,7 +104,7 @@ def test_oracle_26_an_encoder_that_no_other_site_holds_is_the_fusion_site_s(runs
     assert all(torch.allclose(state[f"params/{name}"], fusion[name], atol=1e-6) for name in own)
 
 
-def test_uploads_hold_the_site_s_own_encoders_and_the_fusion_site_trains_once_more(runs: Runs) -> None:
+def test_oracle_26_uploads_hold_the_site_s_own_encoders_and_the_fusion_site_trains_once_more(runs: Runs) -> None:
     for site, held in (("pair", {"FLAIR", "T1ce"}), ("single", {"T2"}), ("fusion", {"FLAIR", "T1ce", "T1", "T2"})):
         rows = runs.sent("whole", site)
         assert len(rows) == (3 if site == "fusion" else 2)
@@ -122,7 +122,7 @@ def test_sites_calibrate_by_the_fusion_site_s_anchors(runs: Runs) -> None:
     assert not any(name.startswith(("anchors", "calibration")) for name in runs.network("whole", "fusion"))
 
 
-def test_a_personal_filter_is_no_longer_sent_and_encoders_stay_common(runs: Runs) -> None:
+def test_oracle_26_a_personal_filter_is_no_longer_sent_and_differs_and_encoders_stay_common(runs: Runs) -> None:
     runs.run("personal", patience=0)
     names = {name for row in runs.sent("personal", "pair") for name in row["tensors"]}
     assert names
