@@ -8,7 +8,8 @@ import pytest
 from fedcmt.config import ConfigError
 from fedcmt.federation import FederationError
 from fedcmt.job_folder import find_job
-from fedcmt.launch import Run, _set_aside_earlier_run, checked, launch
+from fedcmt.json_file import read_json
+from fedcmt.launch import LaunchError, Run, _set_aside_earlier_run, checked, export, launch
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
@@ -56,3 +57,38 @@ def test_an_earlier_run_without_privacy_says_nothing_of_it(tmp_path: Path, capsy
     (tmp_path / "job" / "server").mkdir(parents=True)
     _set_aside_earlier_run(tmp_path / "job")
     assert "epsilon" not in capsys.readouterr().out
+
+
+def test_an_exported_job_holds_its_settings_and_nothing_that_is_not_flare_s(tmp_path: Path) -> None:
+    overrides: list = [("server.num_rounds", 3), ("client2.dataset_id", 7)]
+    export(Run(find_job(JOBS, "brats_sdl"), tmp_path / "w", "simulator", overrides, None), tmp_path / "job")
+    assert checked(Run(tmp_path / "job", tmp_path / "w", "simulator", [], None)).server.num_rounds == 3
+    assert read_json(tmp_path / "job" / "client2" / "config" / "site.json")["dataset_id"] == 7
+    assert sorted(path.name for path in (tmp_path / "job").iterdir()) == ["client1", "client2", "meta.json", "server"]
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_exported_demo_comes_with_its_cohort(tmp_path: Path) -> None:
+    small = {"kind": "brain_mr", "style": "site_a", "num_train": 5, "num_test": 1, "seed": 1, "shape_vox": [24, 28, 20]}
+    demo = {"about": "generated", "cohort": {"Dataset901_DemoBrainA": small}}
+    export(Run(find_job(JOBS, "brats_sdl"), tmp_path / "w", "simulator", [], demo), tmp_path / "job")
+    assert (tmp_path / "w" / "nnUNet_raw" / "Dataset901_DemoBrainA" / "dataset.json").is_file()
+
+
+def test_a_job_with_a_mistake_is_not_exported(tmp_path: Path) -> None:
+    run = Run(find_job(JOBS, "brats_sdl"), tmp_path / "w", "simulator", [("server.num_rounds", 0)], None)
+    with pytest.raises(ConfigError, match="num_rounds is 0"):
+        export(run, tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+
+
+def test_an_export_replaces_a_job_and_nothing_else(tmp_path: Path) -> None:
+    run = Run(find_job(JOBS, "brats_sdl"), tmp_path / "w", "simulator", [], None)
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "mine.txt").touch()
+    with pytest.raises(LaunchError, match=r"--export .*: is there and is no job folder"):
+        export(run, tmp_path / "job")
+    assert (tmp_path / "job" / "mine.txt").exists()
+    export(run, tmp_path / "new")
+    export(run, tmp_path / "new")
+    assert (tmp_path / "new" / "meta.json").is_file()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,9 @@ from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
 from fedcmt.data.split import dataset_names, make_cuts
 from fedcmt.federation import FederationError, check_scoring
-from fedcmt.flare.simulator import SimulatorError, child_environment, end_leftovers, run_simulator
+from fedcmt.flare.poc import run_poc
+from fedcmt.flare.processes import EngineError, child_environment, end_workspace
+from fedcmt.flare.simulator import run_simulator
 from fedcmt.job_folder import Override, add_site, apply_overrides, cohort_of, remove_site, stage
 from fedcmt.json_file import read_json, write_json
 from fedcmt.logs import LAUNCHER_PREFIX
@@ -61,7 +64,7 @@ class Run:
 
     job: Path
     workspace: Path
-    engine: Literal["simulator", "inprocess"]
+    engine: Literal["simulator", "poc", "inprocess"]
     overrides: list[Override]
     demo: dict[str, Any] | None
     resume: bool = False
@@ -94,7 +97,7 @@ def launch(run: Run) -> dict[str, Any]:
         with environment(_environment(run, job)):
             _see_to_data(run, job, source_raw)
             # Only now that all is well: a typo must not move a finished run away.
-            end_leftovers(run.workspace)
+            end_workspace(str(run.workspace))
             if not run.resume:
                 _set_aside_earlier_run(run.workspace)
             return _adopted(run, staged)
@@ -113,6 +116,22 @@ def checked(run: Run) -> JobConfig:
         job = JobConfig.from_folder(staged)
     _check_before_anything_runs(job)
     return job
+
+
+def export(run: Run, folder: Path) -> None:
+    """Write a job as it is to run, for a network that is not ours to start; a demo's cohort goes into the workspace.
+
+    Raises:
+      LaunchError: If there is something else than a job at ``folder``.
+      ConfigError, FederationError, ValueError: If the job is not usable; nothing is written then.
+    """
+    if folder.exists() and not (folder / "meta.json").is_file():
+        raise LaunchError(f"--export {folder}: is there and is no job folder; name one that does not exist")
+    checked(run)
+    stage(run.job, folder)
+    apply_overrides(folder, run.overrides)
+    if run.demo is not None:
+        _make_demo(run.demo, run.workspace / "nnUNet_raw")
 
 
 def _stage(run: Run) -> Path:
@@ -197,7 +216,7 @@ def _execute(run: Run, job: JobConfig) -> dict[str, Any]:
     outcome = run.workspace / "server" / "results.json"
     outcome.unlink(missing_ok=True)
     (run.workspace / "server" / "failure.txt").unlink(missing_ok=True)
-    results = _run_in_process(run, job) if run.engine == "inprocess" else _run_in_simulator(run, job)
+    results = _run_in_process(run, job) if run.engine == "inprocess" else _run_in_flare(run, job)
     results = {"job": results["job"], "engine": run.engine, **results}
     results["seconds"] = round(time.monotonic() - started, 1)
     for site in results["sites"].values():
@@ -207,7 +226,7 @@ def _execute(run: Run, job: JobConfig) -> dict[str, Any]:
 
 
 def _run_in_process(run: Run, job: JobConfig) -> dict[str, Any]:
-    # nnU-Net takes seconds to import, and the simulator's launcher does without.
+    # nnU-Net takes seconds to import, and FLARE's launcher does without.
     from fedcmt.inprocess import run_in_process
 
     log = run.workspace / "logs" / "inprocess.log"
@@ -218,7 +237,7 @@ def _run_in_process(run: Run, job: JobConfig) -> dict[str, Any]:
         raise LaunchError(f"{error}\nAll that was logged is in {log}") from error
 
 
-def _run_in_simulator(run: Run, job: JobConfig) -> dict[str, Any]:
+def _run_in_flare(run: Run, job: JobConfig) -> dict[str, Any]:
     def show(line: str) -> None:
         if line.startswith(LAUNCHER_PREFIX):
             print(line.removeprefix(LAUNCHER_PREFIX), flush=True)
@@ -227,17 +246,19 @@ def _run_in_simulator(run: Run, job: JobConfig) -> dict[str, Any]:
 
     failure, outcome = run.workspace / "server" / "failure.txt", run.workspace / "server" / "results.json"
     log = run.workspace / "logs" / "flare.log"
+    engine = run_poc
+    if run.engine == "simulator":
+        engine = partial(run_simulator, all_sites_needed=job.server.min_sites in (None, len(job.sites)))
     try:
-        run_simulator(
+        engine(
             job.folder,
             run.workspace / "flare",
             list(job.sites),
             environment=child_environment(_SOURCES, {}),
             log=log,
             on_line=show,
-            all_sites_needed=job.server.min_sites in (None, len(job.sites)),
         )
-    except SimulatorError as error:
+    except EngineError as error:
         if failure.exists():
             raise LaunchError(f"{failure.read_text()}\nAll that was logged is in {log}") from error
         raise
@@ -303,9 +324,7 @@ def _see_to_data(run: Run, job: JobConfig, source_raw: Path | None) -> None:
     """Generate or cut the cohort if the job brings one, and see that every site's data set is there."""
     raw = Path(os.environ["nnUNet_raw"])
     if run.demo is not None:
-        make_cohort(raw, run.demo["cohort"])
-        if cuts := run.demo.get("cuts"):
-            make_cuts(raw, raw, {"cuts": cuts})
+        _make_demo(run.demo, raw)
     elif (cohort := _cohort_in_use(run, job)) is not None and source_raw is not None:
         make_cuts(source_raw, raw, cohort)
     problems = []
@@ -316,6 +335,12 @@ def _see_to_data(run: Run, job: JobConfig, source_raw: Path | None) -> None:
             problems.append(f"site {name!r}: {error}")
     if problems:
         raise DatasetError("\n".join(problems))
+
+
+def _make_demo(demo: dict[str, Any], raw: Path) -> None:
+    make_cohort(raw, demo["cohort"])
+    if cuts := demo.get("cuts"):
+        make_cuts(raw, raw, {"cuts": cuts})
 
 
 def _cohort_in_use(run: Run, job: JobConfig) -> dict[str, Any] | None:

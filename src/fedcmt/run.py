@@ -17,10 +17,10 @@ from fedcmt.arguments import whole_number
 from fedcmt.config import site_apps
 from fedcmt.evaluation.tables import learning_line, results_table
 from fedcmt.federation import FederationError
-from fedcmt.flare.simulator import SimulatorError, check_folder
+from fedcmt.flare.processes import EngineError, check_folder
 from fedcmt.job_folder import Override, demo_profile, find_job, parse_override
 from fedcmt.json_file import write_json
-from fedcmt.launch import LaunchError, Run, checked, launch
+from fedcmt.launch import LaunchError, Run, checked, export, launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _run_all(options)
-    except (LaunchError, FederationError, SimulatorError, ValueError, OSError) as error:
+    except (LaunchError, FederationError, EngineError, ValueError, OSError) as error:
         print(f"\nstart_fl.sh: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -43,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="start_fl.sh", description="Train a federation of nnU-Nets.")
     parser.add_argument("job", help="a folder of jobs/, e.g. brats_sdl")
     parser.add_argument(
-        "--engine", choices=("simulator", "inprocess"), default="simulator", help="what carries the messages"
+        "--engine",
+        choices=("simulator", "poc", "inprocess"),
+        default="simulator",
+        help="what carries the messages: FLARE's simulator, a FLARE server and clients on this machine, or nothing",
     )
     parser.add_argument("--rounds", type=whole_number(1), help="rounds instead of the job's")
     parser.add_argument("--local-steps", type=whole_number(1), help="optimiser steps per round at every site")
@@ -79,12 +82,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="JOB",
         help="afterwards run this one-site job with the same rounds, steps and seed, and show it beside",
     )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="start nothing: write the job with these settings there, for a provisioned network (docs/deployment.md)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show everything FLARE writes")
     return parser
 
 
 def _run_all(options: argparse.Namespace) -> None:
     run = _resolve(options, options.job, options.workspace)
+    if options.export:
+        export(run, options.export)
+        print(f"Job {run.job.name} for a provisioned network: {options.export}")
+        if run.demo is not None:
+            print(f"Its demo cohort: {run.workspace / 'nnUNet_raw'}")
+        return
     beside = _beside(options) if options.beside else None
     results = launch(run)
     _show(run, results)
@@ -113,18 +128,22 @@ def _resolve(options: argparse.Namespace, name: str, workspace: Path | None) -> 
     workspace = (workspace or Path("workspace") / job.name).absolute()
     if (REPOSITORY / "jobs") in workspace.resolve().parents:
         raise LaunchError(f"{workspace} is inside the job folders; give --workspace another folder")
-    if options.engine == "simulator":
+    if options.engine != "inprocess":
         check_folder(workspace)
     profile = demo_profile(job)
     raw_is_set = bool(os.environ.get("nnUNet_raw"))
     if options.demo and profile is None:
         raise LaunchError(f"job {name!r} has no demo profile (jobs/{name}/demo.json)")
-    if not raw_is_set and profile is None:
+    if not (raw_is_set or options.export) and profile is None:
         raise LaunchError(
             f"environment variable nnUNet_raw is not set, and job {name!r} has no demo cohort. Set it to the folder "
             "that holds your DatasetXXX_NAME folders; see README, 'Your own data'."
         )
-    demo = profile if options.demo or not raw_is_set else None
+    demo = profile if options.demo or not (raw_is_set or options.export) else None
+    if options.export and (options.resume or options.beside):
+        raise LaunchError("--export writes a job and runs none: leave out --resume and --beside")
+    if options.export and (REPOSITORY / "jobs") in options.export.resolve().parents:
+        raise LaunchError(f"--export {options.export}: is inside the job folders, which nothing writes to")
     if (options.add_site or options.remove_site) and not options.resume:
         raise LaunchError("--add-site and --remove-site change a running federation: give --resume with them")
     overrides: list[Override] = list(demo["set"].items()) if demo and not options.resume else []

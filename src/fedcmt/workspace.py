@@ -43,7 +43,8 @@ def nnunet_folder(variable: str) -> Path:
     """
     if not os.environ.get(variable):
         raise OSError(
-            f"environment variable {variable} is not set; it names nnU-Net's folder. See README, 'Your own data'."
+            f"environment variable {variable} is not set; it names nnU-Net's folder. See README, 'Your own data'; a "
+            "site of a provisioned network may name it in local/fedcmt_site.json instead."
         )
     return Path(os.environ[variable])
 

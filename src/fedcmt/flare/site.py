@@ -15,6 +15,8 @@ from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic
 from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import SiteConfig
 from fedcmt.flare.codec import decode, encode, encode_failure, register_tensors
+from fedcmt.json_file import read_json
+from fedcmt.local_settings import LOCAL_FILE, LocalSettings
 from fedcmt.logs import log_for_launcher
 from fedcmt.messages import Task, failure_of
 from fedcmt.site import Site
@@ -26,7 +28,8 @@ logger = logging.getLogger(__name__)
 class SiteExecutor(Executor):
     """FLARE executor of every task of a job.
 
-    The site's data and training are in ``site.json`` beside the client configuration.
+    The site's data and training are in ``site.json`` beside the client configuration; what the site itself says in
+    ``local/fedcmt_site.json`` wins over it.
 
     Args:
       algorithm_id: Id of the FLARE component that is the site's half of the algorithm.
@@ -36,6 +39,7 @@ class SiteExecutor(Executor):
         super().__init__()
         self._algorithm_id = algorithm_id
         self._site: Site | None = None
+        self._settings = LocalSettings()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Build the site when the job starts here; stop what it started when the job ends."""
@@ -53,7 +57,10 @@ class SiteExecutor(Executor):
         try:
             if self._site is None:
                 self._site = self._build(fl_ctx)
-            answer = self._site.handle(Task(task_name), decode(shareable), stop=lambda: abort_signal.triggered)
+            message = decode(shareable)
+            if task_name == Task.FINGERPRINT:  # the first task, before any data are read
+                self._settings.check_privacy(message.meta["privacy"])
+            answer = self._site.handle(Task(task_name), message, stop=lambda: abort_signal.triggered)
             return encode(answer, update=True)
         except Exception as error:  # noqa: BLE001 (whatever it was, it costs this site its part of the round, not the job)
             logger.error("%s: task %s failed: %s", fl_ctx.get_identity_name(), task_name, error)
@@ -66,9 +73,10 @@ class SiteExecutor(Executor):
         if not isinstance(algorithm, Algorithm):
             raise TypeError(f"component {self._algorithm_id!r} is {type(algorithm)}, expected an Algorithm")
         name, workspace = fl_ctx.get_identity_name(), engine.get_workspace()
-        config = SiteConfig.from_file(
-            Path(workspace.get_app_config_dir(fl_ctx.get_prop(FLContextKey.CURRENT_RUN))) / "site.json"
-        )
+        self._settings = LocalSettings.from_file(Path(workspace.get_site_config_dir()) / LOCAL_FILE)
+        self._settings.apply_to_environment()
+        site_json = Path(workspace.get_app_config_dir(fl_ctx.get_prop(FLContextKey.CURRENT_RUN))) / "site.json"
+        config = SiteConfig.from_dict(self._settings.over(read_json(site_json)), str(site_json))
         folder = workspace_folder(workspace.get_root_dir(), fl_ctx.get_job_id()) / "sites" / name
 
         def report(tag: str, value: float, step: int) -> None:

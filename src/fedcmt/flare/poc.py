@@ -1,0 +1,213 @@
+"""FLARE's POC: a server and one client per site as services of this machine, with certificates, run for one job.
+
+All of it is in one folder: FLARE's POC, and the HOME that ``nvflare poc prepare`` writes its registry to. The server
+listens on a port that was free, so that several POCs run beside one another.
+"""
+
+import json
+import shutil
+import site
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from fedcmt.flare.processes import EngineError, check_folder, end_workspace, ending_on_signals
+from fedcmt.json_file import write_json
+from fedcmt.logs import LAUNCHER_PREFIX
+from fedcmt.workspace import WORKSPACE_VARIABLE
+
+ADMIN = "admin@poc.local"
+PROJECT = "poc"
+_SERVER = "server"
+_READY_SECONDS = 180
+_COMMAND_SECONDS = 300
+_POLL_SECONDS = 0.5
+_BUILDERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("nvflare.lighter.impl.workspace.WorkspaceBuilder", {"template_file": ["master_template.yml"]}),
+    ("nvflare.lighter.impl.static_file.StaticFileBuilder", {"config_folder": "config", "scheme": "grpc"}),
+    ("nvflare.lighter.impl.cert.CertBuilder", {}),
+    ("nvflare.lighter.impl.signature.SignatureBuilder", {}),
+    ("fedcmt.flare.provision.KitRules", {}),
+)
+
+
+def run_poc(
+    job_folder: Path,
+    folder: Path,
+    sites: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    log: Path,
+    on_line: Callable[[str], None],
+) -> None:
+    """Prepare and start a POC with the job's sites, run the job in it, keep its results and end it.
+
+    Args:
+      job_folder: The materialised job.
+      folder: Of the POC; what is in it is replaced. ``result/`` in it has what FLARE hands out of a finished job.
+      sites: Names of the job's sites.
+      environment: Of the services; by the workspace in it they are found and ended.
+      log: Receives every line the services write, with the service's name.
+      on_line: Gets every line too, without it, for the terminal.
+
+    Raises:
+      EngineError: If the POC cannot be started or the job does not complete; what the POC left is then kept.
+    """
+    check_folder(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    poc = _Poc(folder, environment)
+    with log.open("w") as file, ending_on_signals():
+        try:
+            port = poc.prepare(sites)
+            on_line(f"{LAUNCHER_PREFIX}POC: starting a server on port {port} and {len(sites)} sites")
+            consoles = _Consoles(poc.start(), file, on_line)
+            try:
+                poc.run(job_folder, consoles.show)
+            finally:
+                consoles.show()
+        finally:
+            end_workspace(environment.get(WORKSPACE_VARIABLE))
+    shutil.rmtree(poc.home)
+    shutil.rmtree(poc.root)  # with its keys: the next run makes its own
+
+
+class _Poc:
+    """FLARE's own commands, each in a process of its own."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.root = folder / "poc"
+        self.home = folder / "home"
+        self._folder = folder
+        self._environment = {**environment, "NVFLARE_POC_WORKSPACE": str(self.root)}
+
+    def prepare(self, sites: Sequence[str]) -> int:
+        """Make the startup kits; returns the server's port."""
+        port = _free_port()
+        file = self._folder / "project.yml"
+        write_json(file, project(sites, port), indent=2)  # which is YAML too
+        self.home.mkdir()
+        # It registers its kits below HOME; packages that pip installed for one user are below HOME as well.
+        own_home = {"HOME": str(self.home), "PYTHONUSERBASE": site.getuserbase()}
+        self._nvflare("poc", "prepare", "-i", str(file), "--force", extra=own_home)
+        return port
+
+    def start(self) -> dict[str, Path]:
+        """Start the services and wait until the sites have connected; returns service name to its console's log."""
+        data = self._nvflare("poc", "start", "--timeout", str(_READY_SECONDS), timeout=_READY_SECONDS + 60)
+        return {service: Path(path) for service, path in data["console_logs"].items()}
+
+    def run(self, job_folder: Path, show: Callable[[], None]) -> None:
+        """Submit the job, follow it to its end, and fetch what FLARE keeps of it."""
+        job = str(self._nvflare("job", "submit", "-j", str(job_folder), *self._as_admin())["job_id"])
+        command = _command("job", "wait", job, "--interval", "1", *self._as_admin())
+        with subprocess.Popen(
+            command, env=self._environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        ) as waiting:  # fmt: skip
+            try:
+                while waiting.poll() is None:
+                    show()
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                waiting.kill()
+            assert waiting.stdout is not None
+            answer = waiting.stdout.read()
+        if waiting.returncode != 0:
+            raise EngineError(f"the job did not complete in FLARE's POC: {_reason(answer)}")
+        self._nvflare("job", "download", job, "-o", str(self._folder / "result"), *self._as_admin())
+
+    def _as_admin(self) -> tuple[str, str]:
+        return "--startup-kit", str(self.root / PROJECT / "prod_00" / ADMIN)
+
+    def _nvflare(
+        self, *words: str, extra: Mapping[str, str] | None = None, timeout: float = _COMMAND_SECONDS
+    ) -> dict[str, Any]:
+        """The data a command answers with."""
+        try:
+            done = subprocess.run(
+                _command(*words),
+                env={**self._environment, **(extra or {})},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                start_new_session=True,  # what it starts must not see the terminal's Ctrl-C before we end it
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(f"nvflare {words[0]} {words[1]}: no answer within {timeout:.0f} s") from error
+        if done.returncode != 0:
+            raise EngineError(f"nvflare {words[0]} {words[1]} failed: {_reason(done.stdout + done.stderr)}")
+        return _answer(done.stdout).get("data") or {}
+
+
+class _Consoles:
+    """The lines that services write, in the order in which they are found."""
+
+    def __init__(self, files: Mapping[str, Path], log: IO[str], on_line: Callable[[str], None]) -> None:
+        self._files = files
+        self._log = log
+        self._on_line = on_line
+        self._read = dict.fromkeys(files, 0)
+
+    def show(self) -> None:
+        """Hand on every line that has been completed since the last time."""
+        for service, path in self._files.items():
+            with path.open("rb") as file:
+                file.seek(self._read[service])
+                whole, newline, _ = file.read().rpartition(b"\n")
+            self._read[service] += len(whole) + len(newline)
+            for line in whole.decode(errors="replace").split("\n") if newline else ():
+                self._log.write(f"{service}: {line}\n")
+                self._on_line(line)
+        self._log.flush()
+
+
+def project(sites: Sequence[str], port: int) -> dict[str, Any]:
+    """A provisioning project for one machine: server, sites and one administrator."""
+    server = {"name": _SERVER, "type": "server", "org": "poc", "fed_learn_port": port, "admin_port": port}
+    clients = [{"name": name, "type": "client", "org": "poc"} for name in sites]
+    admin = {"name": ADMIN, "type": "admin", "org": "poc", "role": "project_admin"}
+    return {
+        "api_version": 3,
+        "name": PROJECT,
+        "description": "one job on one machine",
+        "participants": [server, *clients, admin],
+        "builders": [{"path": path, "args": args} for path, args in _BUILDERS],
+    }
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "nvflare.cli", *words, "--format", "json"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answer(output: str) -> dict[str, Any]:
+    """The JSON object that a command printed, on its last line that is one."""
+    for line in reversed(output.splitlines()):
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(answer, dict):
+            return answer
+    return {}
+
+
+def _reason(output: str) -> str:
+    """Why a command failed: what its JSON says, else the end of what it printed."""
+    answer = _answer(output)
+    told = [str(answer[key]) for key in ("message", "detail", "hint") if answer.get(key)]
+    return "; ".join(told) or output.strip()[-500:] or "it said nothing"

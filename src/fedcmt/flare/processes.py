@@ -1,0 +1,99 @@
+"""FLARE's processes: started with an environment of ours and, whatever happens, ended with all they started."""
+
+import os
+import signal
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from fedcmt.workspace import WORKSPACE_VARIABLE
+
+_GRACE_SECONDS = 8.0
+_SWEEPS = 3
+
+
+class EngineError(RuntimeError):
+    """FLARE ended without having finished the job."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `EngineError` if FLARE's simulator and POC cannot work in this folder: they split commands at blanks."""
+    if any(c.isspace() for c in str(folder)):
+        raise EngineError(
+            f"{folder}: FLARE's simulator and POC cannot use a folder with blanks in its path; give --workspace another"
+        )
+
+
+def child_environment(package_root: Path, extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with the package importable and single-threaded maths libraries by default."""
+    paths = [str(package_root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **extra}
+
+
+def end_workspace(workspace: str | None) -> None:
+    """End every process that a launcher started for this workspace, also those whose parent died first.
+
+    A POC's start scripts restart what has ended, so it looks again until nothing is left.
+    """
+    for _ in range(_SWEEPS):
+        found = processes_of(workspace)
+        if not found:
+            return
+        end_processes(found)
+
+
+def end_processes(processes: Iterable[psutil.Process]) -> None:
+    """End processes: first politely, after some seconds for good.
+
+    The simulator puts each site in a session of its own, so ending its process group would leave them running.
+    """
+    processes = list(processes)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_GRACE_SECONDS)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_GRACE_SECONDS)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """A process and all that descends from it; nothing if it is gone."""
+    try:
+        root = psutil.Process(pid)
+        return [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def processes_of(workspace: str | None) -> list[psutil.Process]:
+    """Other processes that a launcher started for this workspace, by the variable in their environment."""
+    found: list[psutil.Process] = []
+    if workspace is None:
+        return found
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(WORKSPACE_VARIABLE) == workspace:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+class ending_on_signals:
+    """Turn SIGTERM and SIGHUP into SystemExit, so that ``finally`` runs; the old handlers come back afterwards."""
+
+    def __enter__(self) -> None:
+        self._before = {s: signal.signal(s, self._exit) for s in (signal.SIGTERM, signal.SIGHUP)}
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @staticmethod
+    def _exit(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
