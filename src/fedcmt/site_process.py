@@ -28,7 +28,9 @@ from fedcmt.config import SiteConfig, build_algorithm
 from fedcmt.messages import Failure, Message, Task, failure_of
 from fedcmt.params import load_tensors, save_tensors
 
-logger = logging.getLogger(__name__)
+_MODULE = "fedcmt.site_process"  # the child runs it as __main__
+logger = logging.getLogger(_MODULE)
+_traceback_logger = logging.getLogger(f"{_MODULE}.traceback")  # no module's: see `fedcmt.logs.log_for_launcher`
 
 Report = Callable[[str, float, int], None]
 """(tag, value, round): one point of a TensorBoard curve."""
@@ -111,6 +113,8 @@ class SiteProcess:
         elif "log" in event:
             level, text = event["log"]
             logger.log(level, "%s", text)
+        elif "traceback" in event:
+            _traceback_logger.error("%s", event["traceback"])
         elif "failure" in event:
             return Failure(event["failure"])
         elif "answer" in event:
@@ -131,8 +135,10 @@ class _Child:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         commands_read, commands_write = os.pipe()
         events_read, events_write = os.pipe()
+        paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(commands_read), str(events_write)],
+            [sys.executable, "-m", _MODULE, str(commands_read), str(events_write)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.DEVNULL,
             pass_fds=(commands_read, events_write),
             start_new_session=True,  # so that loader processes can be ended with it
@@ -241,7 +247,7 @@ def main(commands: IO[str], events: IO[str]) -> None:
     threading.Thread(target=_obey, args=(commands, tasks, stopping), daemon=True).start()
     while (task := tasks.get()) is not None:
         stopping.clear()
-        tell(_do(site, Task(task), Path(settings["folder"]) / "exchange", stopping))
+        tell(_do(site, Task(task), Path(settings["folder"]) / "exchange", stopping, tell))
     site.close()
 
 
@@ -258,13 +264,15 @@ def _obey(commands: IO[str], tasks: "queue.Queue[str | None]", stopping: threadi
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _do(site: Any, task: Task, exchange: Path, stopping: threading.Event) -> dict[str, Any]:
+def _do(
+    site: Any, task: Task, exchange: Path, stopping: threading.Event, tell: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
     try:
         _write(exchange / _ANSWER, site.handle(task, _read(exchange / _REQUEST), stop=stopping.is_set))
         return {"answer": task.value}
     except Exception as error:  # noqa: BLE001 (whatever it was, it costs this site its part of the round, not the job)
         logger.error("%s: task %s failed: %s", site.name, task.value, error)
-        logger.error("%s", traceback.format_exc())
+        tell({"traceback": traceback.format_exc()})
         return {"failure": failure_of(task, error).reason}
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+from nvflare.apis.event_type import EventType
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from fedcmt.algorithms.fedavg import FedAvg
 from fedcmt.flare.codec import decode_answer, encode
 from fedcmt.flare.site import SiteExecutor
 from fedcmt.messages import Failure, Message
@@ -32,6 +32,8 @@ def context(root: Path, local: dict | None) -> MagicMock:
     for name in ("app", "local"):
         (root / name).mkdir()
     (root / "app" / "site.json").write_text(json.dumps({"dataset_id": 1, "modality": "MR"}))
+    algorithm = {"id": "algorithm", "path": "fedcmt.algorithms.fedavg.FedAvg", "args": {}}
+    (root / "app" / "config_fed_client.json").write_text(json.dumps({"components": [algorithm]}))
     if local is not None:
         (root / "local" / "fedcmt_site.json").write_text(json.dumps(local))
     found = MagicMock()
@@ -39,7 +41,6 @@ def context(root: Path, local: dict | None) -> MagicMock:
     found.get_job_id.return_value = "j1"
     found.get_peer_context.return_value = None
     engine = found.get_engine.return_value
-    engine.get_component.return_value = FedAvg()
     workspace = engine.get_workspace.return_value
     workspace.get_root_dir.return_value = str(root)
     workspace.get_app_config_dir.return_value = str(root / "app")
@@ -50,7 +51,9 @@ def context(root: Path, local: dict | None) -> MagicMock:
 def asked(found: MagicMock, privacy: dict, caplog: pytest.LogCaptureFixture) -> str:
     """What the site logs when the server asks it to describe its data, which it cannot: there are none."""
     request = Message({"privacy": privacy, "planning": {}, "job": "tiny", "seed": 0, "num_sites": 2})
-    reply: Shareable = SiteExecutor().execute("fingerprint", encode(request, update=False), found, Signal())
+    executor = SiteExecutor()
+    reply: Shareable = executor.execute("fingerprint", encode(request, update=False), found, Signal())
+    executor.handle_event(EventType.END_RUN, found)
     answer = decode_answer(reply)
     assert isinstance(answer, Failure)
     return f"{answer.reason}\n{caplog.text}"

@@ -1,4 +1,4 @@
-"""The site's side of FLARE: an executor that hands tasks to `fedcmt.site.Site` and carries its answers back."""
+"""The site's side of FLARE: an executor that hands tasks to the site's own process and carries its answers back."""
 
 import logging
 from pathlib import Path
@@ -12,14 +12,13 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 
-from fedcmt.algorithms.base import Algorithm
-from fedcmt.config import SiteConfig
+from fedcmt.config import SiteConfig, component
 from fedcmt.flare.codec import decode, encode, encode_failure, register_tensors
 from fedcmt.json_file import read_json
 from fedcmt.local_settings import LOCAL_FILE, LocalSettings
 from fedcmt.logs import log_for_launcher
-from fedcmt.messages import Task, failure_of
-from fedcmt.site import Site
+from fedcmt.messages import Failure, Task, failure_of
+from fedcmt.site_process import SiteProcess
 from fedcmt.workspace import use_assigned_gpu, workspace_folder
 
 logger = logging.getLogger(__name__)
@@ -32,13 +31,14 @@ class SiteExecutor(Executor):
     ``local/fedcmt_site.json`` wins over it.
 
     Args:
-      algorithm_id: Id of the FLARE component that is the site's half of the algorithm.
+      algorithm_id: Id of the FLARE component that is the site's half of the algorithm. FLARE checks that its class may
+        be used; the site's process makes its own.
     """
 
     def __init__(self, algorithm_id: str = "algorithm") -> None:
         super().__init__()
         self._algorithm_id = algorithm_id
-        self._site: Site | None = None
+        self._site: SiteProcess | None = None
         self._settings = LocalSettings()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -61,21 +61,19 @@ class SiteExecutor(Executor):
             if task_name == Task.FINGERPRINT:  # the first task, before any data are read
                 self._settings.check_privacy(message.meta["privacy"])
             answer = self._site.handle(Task(task_name), message, stop=lambda: abort_signal.triggered)
-            return encode(answer, update=True)
+            return encode_failure(answer) if isinstance(answer, Failure) else encode(answer, update=True)
         except Exception as error:  # noqa: BLE001 (whatever it was, it costs this site its part of the round, not the job)
             logger.error("%s: task %s failed: %s", fl_ctx.get_identity_name(), task_name, error)
             self.log_exception(fl_ctx, f"task {task_name} failed")
             return encode_failure(failure_of(Task(task_name), error))
 
-    def _build(self, fl_ctx: FLContext) -> Site:
-        engine = fl_ctx.get_engine()
-        algorithm = engine.get_component(self._algorithm_id)
-        if not isinstance(algorithm, Algorithm):
-            raise TypeError(f"component {self._algorithm_id!r} is {type(algorithm)}, expected an Algorithm")
-        name, workspace = fl_ctx.get_identity_name(), engine.get_workspace()
+    def _build(self, fl_ctx: FLContext) -> SiteProcess:
+        name, workspace = fl_ctx.get_identity_name(), fl_ctx.get_engine().get_workspace()
         self._settings = LocalSettings.from_file(Path(workspace.get_site_config_dir()) / LOCAL_FILE)
         self._settings.apply_to_environment()
-        site_json = Path(workspace.get_app_config_dir(fl_ctx.get_prop(FLContextKey.CURRENT_RUN))) / "site.json"
+        app = Path(workspace.get_app_config_dir(fl_ctx.get_prop(FLContextKey.CURRENT_RUN)))
+        site_json, client_json = app / "site.json", app / "config_fed_client.json"
+        algorithm = component(read_json(client_json), self._algorithm_id, client_json)
         config = SiteConfig.from_dict(self._settings.over(read_json(site_json)), str(site_json))
         folder = workspace_folder(workspace.get_root_dir(), fl_ctx.get_job_id()) / "sites" / name
 
@@ -83,4 +81,4 @@ class SiteExecutor(Executor):
             dxo = create_analytic_dxo(tag, value, AnalyticsDataType.SCALAR, global_step=step)
             send_analytic_dxo(self, dxo, fl_ctx)
 
-        return Site(name, config, algorithm, folder, report)
+        return SiteProcess(name, config, algorithm, folder, report)
