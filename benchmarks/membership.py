@@ -85,7 +85,7 @@ def _parse() -> argparse.Namespace:
 def _cohort(cases: int) -> dict[str, Any]:
     domains = {name: [f"Dataset{number}_{name.capitalize()}"] for name, number in SITES.items()}
     cut = {"kind": "domains", "source_id": 504, "by": "dtype", "domains": domains, "max_training_cases": cases}
-    return {"cuts": [{**cut, "test_fraction": 0.3, "seed": 0}]}
+    return {"cuts": [{**cut, "test_fraction": 0.15, "seed": 0}]}
 
 
 def _row(noise: float | None, folder: Path, args: argparse.Namespace) -> str:

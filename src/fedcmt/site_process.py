@@ -79,6 +79,8 @@ class SiteProcess:
           message: The request.
           stop: Asked several times a second; true ends the task at the next step, or the child some seconds later.
         """
+        if self._child is not None and self._child.process.poll() is not None:
+            self._end(None)  # between two tasks, so nothing is lost
         if self._child is None:
             self._child = _Child(self._settings)
         _write(self._exchange / _REQUEST, message)
@@ -121,12 +123,13 @@ class SiteProcess:
             return _read(self._exchange / _ANSWER)
         return None
 
-    def _end(self, task: Task) -> Failure:
+    def _end(self, task: Task | None) -> Failure:
         assert self._child is not None
         how = self._child.end()
         self._child = None
-        logger.error("%s: the process that does the site's tasks ended in task %s: %s", self._name, task.value, how)
-        return Failure(f"the site's process ended in task {task.value!r}: {how}")
+        when = "between two tasks" if task is None else f"in task {task.value!r}"
+        logger.error("%s: the process that does the site's tasks ended %s: %s", self._name, when, how)
+        return Failure(f"the site's process ended {when}: {how}")
 
 
 class _Child:
