@@ -72,7 +72,7 @@ def test_what_is_no_tensor_is_refused_wherever_it_is() -> None:
 
 def test_only_training_brings_tensors() -> None:
     with pytest.raises(ParameterError, match=r"\['w'\], which 'finish' does not ask for"):
-        check_answer(Task.FINISH, "a", Message({}), Message({"report": {}, "task": "finish", "site": "a"}, ANSWER.tensors))
+        check_answer(Task.FINISH, "a", Message({}), Message({"task": "finish", "site": "a"}, ANSWER.tensors))
 
 
 def test_refusing_an_absurd_answer_does_not_repeat_it() -> None:
@@ -185,3 +185,9 @@ def test_more_training_cases_than_the_fingerprint_has_are_refused() -> None:
 def test_what_a_site_cannot_be_is_refused(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ParameterError, match=reason):
         participant_of(**change)
+
+
+def test_tensors_without_numbers_of_their_own_are_refused() -> None:
+    quantized = torch._empty_affine_quantized([2, 3], scale=1.0, zero_point=0, dtype=torch.qint8)
+    for tensor in (torch.ones(2, 3).to_sparse(), torch.ones(2, 3, device="meta"), quantized):
+        assert refused(tensors={"w": tensor}) == "['w'] are not dense torch tensors"

@@ -248,3 +248,23 @@ def test_sites_that_cannot_train_case_by_case_are_refused(site: dict, message: s
     edit(job_folder / "south_app/config/site.json", lambda config: config.update(site))
     with pytest.raises(ConfigError, match=message):
         JobConfig.from_folder(job_folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "said"),
+    [
+        ("meta.json", "deploy_map", {"north": "north"}, "deploy_map is .*expected app folders"),
+        ("meta.json", "deploy_map", {"north": [["north"]]}, "deploy_map is .*expected app folders"),
+        (SERVER_CONFIG, "workflows", 5, "workflows is 5, expected a list of objects"),
+        (SERVER_CONFIG, "workflows", ["x"], "workflows is .*expected a list of objects"),
+        (SERVER_CONFIG, "workflows", [{"args": [1]}], r"workflow: args is \[1\], expected an object"),
+        (SERVER_CONFIG, "components", [None], r"components is \[None\], expected a list of objects"),
+        ("north/config/site.json", "optimizer", {"lr": 10**400}, "optimizer: lr is 1000.*expected a number above 0"),
+    ],
+)
+def test_a_value_of_another_form_is_refused_by_file_and_key(
+    job_folder: Path, file: str, key: str, value: object, said: str
+) -> None:
+    edit(job_folder / file, lambda config: config.update({key: value}))
+    with pytest.raises(ConfigError, match=rf"{Path(file).name}: {said}"):
+        JobConfig.from_folder(job_folder)

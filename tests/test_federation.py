@@ -18,10 +18,10 @@ from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.algorithms.standalone import Standalone
 from fedcmt.config import ContributionConfig, ServerConfig
 from fedcmt.federation import Federation, FederationError, _warn_of_lonely_channels
-from fedcmt.json_file import read_json
+from fedcmt.json_file import JsonFileError, read_json
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
 from fedcmt.models.scopes import ScopeRules
-from fedcmt.params import Params, load_tensors, take_rows
+from fedcmt.params import ParameterError, Params, load_tensors, take_rows
 from fedcmt.privacy.terms import PrivacyTerms
 
 INITIAL = {"w": torch.tensor([[1.0, 2.0, 3.0]]), "g@mr": torch.tensor([10.0, 20.0]), "g@ct": torch.tensor([30.0, 40.0])}
@@ -441,6 +441,47 @@ def test_resuming_without_a_state_names_the_file(tmp_path: Path) -> None:
         run(tmp_path, DirectChannel(three_sites()), resume=True)
 
 
+def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path / "whole", DirectChannel(three_sites()), Momentum(), rounds=4)
+    run(tmp_path / "parts", DirectChannel(three_sites()), Momentum(), rounds=3, schedule_rounds=4)
+    damaged = tmp_path / "parts" / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    channel = DirectChannel(three_sites())
+    run(tmp_path / "parts", channel, Momentum(), rounds=4, resume=True)
+    assert f"{damaged}: not a readable state file" in caplog.text
+    assert [message.meta["round"] for message in channel.of(Task.TRAIN, "a")] == [2, 3]
+    whole, parts = (load_tensors(tmp_path / name / "state.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[0][name], parts[0][name]) for name in whole[0])
+    assert whole[1] == parts[1]
+
+
+def test_a_run_that_starts_anew_never_goes_back_to_a_state_of_an_earlier_one(tmp_path: Path) -> None:
+    run(tmp_path, DirectChannel(three_sites()), rounds=3)
+    run(tmp_path, DirectChannel(three_sites()), rounds=1)
+    assert not (tmp_path / "state_before.safetensors").exists()
+    (tmp_path / "state.safetensors").write_bytes(b"torn")
+    with pytest.raises(ParameterError, match=r"state\.safetensors: not a readable state file"):
+        run(tmp_path, DirectChannel(three_sites()), rounds=2, resume=True)
+
+
+def test_the_best_state_is_none_to_go_on_from(tmp_path: Path) -> None:
+    sites = {name: replace(site, dice=[0.5]) for name, site in three_sites().items()}
+    run(tmp_path, DirectChannel(sites))
+    (tmp_path / "best.safetensors").rename(tmp_path / "state.safetensors")
+    with pytest.raises(ParameterError, match=r"state\.safetensors: .*it lacks \[contribution, crossed"):
+        run(tmp_path, DirectChannel(sites), rounds=2, resume=True)
+
+
+def test_plans_that_changed_on_disk_are_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path, DirectChannel(three_sites()))
+    path = tmp_path / "plans.json"
+    path.write_text(path.read_text().replace('"cases": 3', '"cases": 7'))
+    with pytest.raises(JsonFileError, match=r"plans\.json: damaged, its checksum"):
+        run(tmp_path, DirectChannel(three_sites()), rounds=2, resume=True)
+
+
 def test_sites_that_end_with_the_aggregate_receive_it_at_the_end(tmp_path: Path) -> None:
     channel = DirectChannel(three_sites())
     run(tmp_path, channel, FedAvg())
@@ -624,7 +665,9 @@ def test_a_channel_that_the_fusion_site_has_is_not_misspelt(caplog: pytest.LogCa
 
 
 def test_a_report_that_is_none_costs_its_site_its_own(tmp_path: Path) -> None:
-    channel = DirectChannel(three_sites(), {(Task.FINISH, "b", None): lambda m: replace(m, meta={**m.meta, "report": [1]})})
+    channel = DirectChannel(
+        three_sites(), {(Task.FINISH, "b", None): lambda m: replace(m, meta={**m.meta, "report": [1]})}
+    )
     results = run(tmp_path, channel, min_sites=2)
     assert results["failed"] == {"b": "report is of type list, expected an object"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcmt.json_file import JsonFileError, read_json, write_json
+from fedcmt.json_file import JsonFileError, read_json, read_state, write_json, write_state
 
 
 def test_what_is_written_is_read_back_and_the_folder_is_made(tmp_path: Path) -> None:
@@ -82,3 +82,45 @@ def test_what_cannot_be_read_names_the_file(tmp_path: Path, content: bytes | Non
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(JsonFileError, match="file not found"):
         read_json(tmp_path)
+
+
+@pytest.mark.parametrize(("depth", "said"), [(65, "deeper than 64 levels"), (10**5, "deeper than 64 levels")])
+def test_what_is_nested_too_deeply_is_refused(tmp_path: Path, depth: int, said: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a":' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(JsonFileError, match=rf"x\.json: .*{said}"):
+        read_json(path)
+
+
+def test_64_levels_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a":' + "[" * 63 + "]" * 63 + "}")
+    assert list(read_json(path)) == ["a"]
+
+
+def test_a_state_comes_back_in_its_order(tmp_path: Path) -> None:
+    content = {"z": {"ü": 0.1, "b": [1, None, float("inf")]}, "a": 10**30}
+    write_state(tmp_path / "x.json", content)
+    assert list(read_state(tmp_path / "x.json").items()) == list(content.items())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"seed": 5', '"seed": 7', "damaged, its checksum is not that of its content"),
+        ('"seed": 5, "job": "j"', '"job": "j", "seed": 5', "damaged, its checksum"),
+        ('"sha256"', '"sha257"', "has no checksum: of another program or version"),
+    ],
+)
+def test_a_state_that_was_changed_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    path = tmp_path / "x.json"
+    write_state(path, {"seed": 5, "job": "j"})
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(JsonFileError, match=rf"x\.json: {said}.* start the run anew"):
+        read_state(path)
+
+
+def test_a_state_of_another_version_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    write_state(tmp_path / "x.json", {"seed": 5})
+    with pytest.raises(JsonFileError, match=r"x\.json: has no \['plans'\]: of another version"):
+        read_state(tmp_path / "x.json", needs=["seed", "plans"])

@@ -1,11 +1,13 @@
 """Named tensors: one name each, copied in place, checked before anything is written, stored atomically."""
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import nn
 
@@ -16,6 +18,8 @@ from fedcmt.params import (
     check_shapes,
     copy_into,
     delta,
+    is_dense,
+    load_newest,
     load_tensors,
     named_tensors,
     norm,
@@ -237,6 +241,121 @@ def test_a_damaged_or_foreign_file_is_refused_by_name(damage: str, tmp_path: Pat
         path.write_bytes(content[damage])
     with pytest.raises(ParameterError, match=r"state\.safetensors: not a readable state file"):
         load_tensors(path)
+
+
+def test_a_tensor_that_changed_on_disk_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_tensors(path, {"a": torch.zeros(30)}, {"round": 1})
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ParameterError, match=r"state\.safetensors: not a readable .*its checksum is not that of its"):
+        load_tensors(path)
+
+
+@pytest.mark.parametrize("change", [{"b": torch.zeros(6)}, {"a": torch.zeros(3, 2)}, {"a": torch.zeros(6).int()}])
+def test_names_shapes_and_types_are_in_the_checksum(change: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_tensors(path, {"a": torch.zeros(6)}, {})
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"a": torch.zeros(6)}, path, metadata=metadata)
+    assert load_tensors(path)[1] == {}
+    save_file(change, path, metadata=metadata)
+    with pytest.raises(ParameterError, match="its checksum"):
+        load_tensors(path)
+
+
+def test_a_file_without_a_checksum_is_read_only_where_none_is_expected(tmp_path: Path) -> None:
+    path = tmp_path / "upload.safetensors"
+    save_tensors(path, {"a": torch.zeros(3)}, {"site": "a"}, checksum=False)
+    assert load_tensors(path, checksum=False)[1] == {"site": "a"}
+    with pytest.raises(ParameterError, match=r"has no 'fedcmt_sha256': of another program or version"):
+        load_tensors(path)
+
+
+def test_a_state_of_another_kind_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_tensors(path, {}, {"round": 1, "best": 0.5})
+    assert load_tensors(path, needs=["round"])[1]["round"] == 1
+    with pytest.raises(ParameterError, match=r"state\.safetensors: .*it lacks \[optimizer, random\]"):
+        load_tensors(path, needs=["round", "random", "optimizer"])
+
+
+def two_states(folder: Path) -> tuple[Path, Path]:
+    """The newest, of round 1, and the one before it."""
+    newest, before = folder / "last.safetensors", folder / "previous.safetensors"
+    for round_idx in range(2):
+        save_tensors(newest, {"a": torch.full((3,), float(round_idx))}, {"round": round_idx}, before=before)
+    return newest, before
+
+
+def test_the_state_before_the_newest_is_kept_and_no_other(tmp_path: Path) -> None:
+    newest, before = two_states(tmp_path)
+    save_tensors(newest, {}, {"round": 2}, before=before)
+    assert [load_tensors(path)[1]["round"] for path in (newest, before)] == [2, 1]
+    assert sorted(tmp_path.iterdir()) == [newest, before]
+
+
+def test_a_write_that_fails_leaves_both_states_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError("disk full")
+
+    newest, before = two_states(tmp_path)
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_tensors(newest, {}, {"round": 2}, before=before)
+    assert [load_tensors(path)[1]["round"] for path in (newest, before)] == [1, 0]
+    assert sorted(tmp_path.iterdir()) == [newest, before]
+
+
+def test_the_newest_state_is_loaded_and_the_one_before_it_stays(tmp_path: Path) -> None:
+    newest, before = two_states(tmp_path)
+    assert load_newest(newest, before)[1]["round"] == 1
+    assert before.exists()
+    before.unlink()
+    assert load_newest(newest, before)[1]["round"] == 1
+
+
+def test_a_damaged_newest_state_is_named_kept_and_replaced_by_the_one_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest, before = two_states(tmp_path)
+    newest.write_bytes(b"torn")
+    with caplog.at_level(logging.ERROR):
+        tensors, meta = load_newest(newest, before)
+    assert (meta["round"], tensors["a"].tolist()) == (0, [0, 0, 0])
+    assert "last.safetensors: not a readable state file" in caplog.text
+    assert (tmp_path / "last.safetensors.damaged").read_bytes() == b"torn"
+    assert load_tensors(newest)[1]["round"] == 0
+    assert not before.exists()  # so that the next state does not push a good one out for a damaged one
+
+
+def test_where_the_newest_state_was_not_completed_the_one_before_it_is_loaded(tmp_path: Path) -> None:
+    newest, before = two_states(tmp_path)
+    newest.unlink()
+    assert load_newest(newest, before)[1]["round"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]
+
+
+def test_two_damaged_states_are_both_named_and_stay(tmp_path: Path) -> None:
+    newest, before = two_states(tmp_path)
+    for path in (newest, before):
+        path.write_bytes(b"torn")
+    with pytest.raises(ParameterError, match=r"last\.safetensors: .* state before it .*previous\.safetensors: not a"):
+        load_newest(newest, before)
+    assert sorted(tmp_path.iterdir()) == [newest, before]
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_only_a_tensor_with_all_its_numbers_is_dense() -> None:
+    tensor = torch.ones(2, 3)
+    assert is_dense(tensor)
+    quantized = torch._empty_affine_quantized([2], scale=1.0, zero_point=0, dtype=torch.qint8)
+    for other in (tensor.to_sparse(), tensor.to("meta"), quantized, tensor.numpy(), None):
+        assert not is_dense(other)
 
 
 def test_a_state_file_that_is_not_there_is_named(tmp_path: Path) -> None:

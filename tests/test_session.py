@@ -160,10 +160,10 @@ def test_a_state_that_could_not_be_stored_leaves_the_one_before_it(
     expected = trained(running, payload, 1)
     running = opened()
 
-    def full(path: Path, *values: Any) -> None:
+    def full(path: Path, *values: Any, **options: Any) -> None:
         if path.name == "last.safetensors":
             raise OSError("no space left on device")
-        save_tensors(path, *values)
+        save_tensors(path, *values, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(fedcmt.session, "save_tensors", full)
@@ -174,6 +174,21 @@ def test_a_state_that_could_not_be_stored_leaves_the_one_before_it(
         (tmp_path / "site" / "last.safetensors").rename(tmp_path / "site" / "previous.safetensors")
         running = opened()
     assert same(trained(running, payload, 1).tensors, expected.tensors)
+
+
+def test_a_damaged_state_is_named_and_the_site_goes_on_from_the_one_before_it(
+    site: tuple[Callable[..., Site], Params], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened, payload = site
+    trained(opened(), payload, 0)
+    expected = trained(opened(), payload, 1)
+    path = tmp_path / "site" / "last.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert same(trained(opened(), payload, 1).tensors, expected.tensors)
+    assert f"{path}: not a readable state file" in caplog.text
+    assert path.with_name("last.safetensors.damaged").read_bytes() == damaged
 
 
 def test_a_run_that_starts_anew_leaves_no_state_of_an_earlier_one(

@@ -5,12 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-import torch
-from torch import Tensor
-
 from fedcmt.algorithms.base import Participant, Update
 from fedcmt.messages import Channel, Failure, Keep, Message, Task, as_it_is
-from fedcmt.params import ParameterError, Params, check_finite, check_shapes, shapes
+from fedcmt.params import ParameterError, Params, check_finite, check_shapes, is_dense, shapes
 from fedcmt.settings import is_int
 
 _MOST_CASES = 10**7
@@ -88,7 +85,7 @@ def check_answer(task: Task, site: str, request: Message | None, answer: Message
         raise ParameterError(
             f"has tensors {_short(sorted(map(str, tensors))[:4])}, which {task.value!r} does not ask for"
         )
-    foreign = [name for name, t in tensors.items() if not (isinstance(t, Tensor) and t.layout is torch.strided)]
+    foreign = [name for name, tensor in tensors.items() if not is_dense(tensor)]
     if foreign:
         raise ParameterError(f"{_short(sorted(map(str, foreign))[:4])} are not dense torch tensors")
 

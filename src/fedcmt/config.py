@@ -364,7 +364,10 @@ class JobConfig:
             client_file = folder / app / "config" / "config_fed_client.json"
             theirs = component(read_json(client_file), "algorithm", client_file)
             if theirs != algorithm:
-                raise ConfigError(f"{client_file}: algorithm {theirs} differs from the server's aggregator {algorithm}")
+                raise ConfigError(
+                    f"{client_file}: algorithm {theirs} differs from the server's aggregator {algorithm} in "
+                    f"{server_file}"
+                )
             sites[site] = SiteConfig.from_file(client_file.with_name("site.json"))
         config = ServerConfig.from_dict(workflow_args(server, server_file), str(server_file))
         if config.min_sites is not None and config.min_sites > len(sites):
@@ -395,7 +398,7 @@ def site_apps(folder: Path) -> dict[str, str]:
     """
     where = folder / "meta.json"
     deploy_map = read_json(where).get("deploy_map")
-    if not isinstance(deploy_map, dict):
+    if not isinstance(deploy_map, dict) or not all(map(_are_names, deploy_map.values())):
         raise ConfigError(f"{where}: deploy_map is {deploy_map!r}, expected app folders with their sites")
     apps = {app: [site for site in sites if site != "server"] for app, sites in deploy_map.items()}
     crowded = {app: sites for app, sites in apps.items() if len(sites) > 1 or "@ALL" in sites}
@@ -409,20 +412,34 @@ def site_apps(folder: Path) -> dict[str, str]:
 
 def workflow_args(server: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """The args of the one workflow in a server configuration."""
-    workflows = server.get("workflows", [])
+    workflows = _objects(server, "workflows", where)
     if len(workflows) != 1:
         raise ConfigError(f"{where}: expected one workflow, found {len(workflows)}")
-    return workflows[0].setdefault("args", {})
+    args = workflows[0].setdefault("args", {})
+    _require(isinstance(args, dict), f"{where}: workflow", "args", args, "an object")
+    return args
 
 
 def component(config: Mapping[str, Any], component_id: str, where: Path) -> dict:
     """The component of this id as ``{"path", "args"}``."""
-    for entry in config.get("components", []):
+    for entry in _objects(config, "components", where):
         if entry.get("id") == component_id:
             if "path" not in entry:
                 raise ConfigError(f"{where}: component {component_id!r} has no path")
             return {"path": entry["path"], "args": entry.get("args", {})}
     raise ConfigError(f"{where}: no component with id {component_id!r}")
+
+
+def _objects(config: Mapping[str, Any], key: str, where: Path) -> list[dict[str, Any]]:
+    """The list of objects under a key."""
+    entries = config.get(key, [])
+    listed = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    _require(listed, str(where), key, entries, "a list of objects")
+    return entries
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def build_algorithm(spec: Mapping[str, Any]) -> Algorithm:

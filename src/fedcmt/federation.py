@@ -18,10 +18,10 @@ from fedcmt.answers import CheckedChannel, read_introduction, read_participant, 
 from fedcmt.config import ServerConfig
 from fedcmt.evaluation.contribution import MOST_EXACT, add_round, summarise
 from fedcmt.influence import FEWEST_SITES, influence_factors, scale_updates
-from fedcmt.json_file import read_json, write_json
+from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
-from fedcmt.params import ParameterError, Params, check_shapes, load_tensors, save_tensors
+from fedcmt.params import ParameterError, Params, check_shapes, load_newest, save_tensors
 from fedcmt.privacy.ledger import BudgetExceeded
 from fedcmt.privacy.server_half import ServerPrivacy, check_update
 from fedcmt.randomness import derive_seed
@@ -30,6 +30,10 @@ from fedcmt.uploads import SpooledUpdates
 from fedcmt.wire import decode
 
 logger = logging.getLogger(__name__)
+
+_STATE, _STATE_BEFORE, _BEST = "state.safetensors", "state_before.safetensors", "best.safetensors"
+_STATE_VALUES = ("job", "record", "round", "best", "sites", "schedule_rounds", "contribution", "crossed")
+"""What a state that a run can go on from says besides its tensors."""
 
 _T = TypeVar("_T")
 
@@ -122,7 +126,7 @@ class Federation:
         channel, sites = CheckedChannel(channel), sorted(sites)
         check_scoring(self._algorithm, self._config, sites)
         check_influence(self._algorithm, self._config, sites)
-        stored = self._load_state("state") if self._resume else None
+        stored = self._load_state() if self._resume else None
         self._privacy = ServerPrivacy(
             self._config.privacy,
             self._algorithm,
@@ -155,7 +159,7 @@ class Federation:
             tally, crossed = add_round(tally, done.assessment.sites), done.assessment.crossed()
             participation = _add_participation(participation, round_idx, done)
             meta |= {"contribution": tally, "crossed": crossed, "participation": participation}
-            self._save_state("state", state, meta)
+            self._keep_state(state, meta)
             self._report_round(round_idx, state, done)
         reports, failed = self._finish(channel, state, participants)
         return {
@@ -190,8 +194,8 @@ class Federation:
     def _plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
         """Plans of every site; those of a run that is resumed stay, whoever has joined or left."""
         path = self._folder / "plans.json"
-        plans = self._planner.plan(fingerprints, read_json(path) if self._resume else {})
-        write_json(path, plans)
+        plans = self._planner.plan(fingerprints, read_state(path) if self._resume else {})
+        write_state(path, plans)
         return plans
 
     def _schedule_rounds(self, stored: tuple[State, dict] | None) -> int:
@@ -441,17 +445,33 @@ class Federation:
         if len(known) < num_sites or sum(known) / len(known) <= best[0]:
             return best
         best = sum(known) / len(known), round_idx
-        self._save_state("best", state, {"round": round_idx, "best": best})
+        self._save_state(self._folder / _BEST, state, {"round": round_idx, "best": best})
         return best
 
-    def _save_state(self, stem: str, state: State, meta: Mapping[str, Any]) -> None:
+    def _keep_state(self, state: State, meta: Mapping[str, Any]) -> None:
+        """Store the state after a round, and keep the one before it in case this one is damaged."""
+        before = self._folder / _STATE_BEFORE
+        if meta["round"] == 0:  # what is there is of an earlier run, which this one must never go back to
+            before.unlink(missing_ok=True)
+            self._save_state(self._folder / _STATE, state, meta)
+        else:
+            self._save_state(self._folder / _STATE, state, meta, before)
+
+    def _save_state(self, path: Path, state: State, meta: Mapping[str, Any], before: Path | None = None) -> None:
         tensors = {f"params/{n}": t for n, t in state.params.items()} | {
             f"memory/{n}": t for n, t in state.memory.items()
         }
-        save_tensors(self._folder / f"{stem}.safetensors", tensors, {**meta, "job": self._job, "record": state.record})
+        save_tensors(path, tensors, {**meta, "job": self._job, "record": state.record}, before=before)
 
-    def _load_state(self, stem: str) -> tuple[State, dict]:
-        tensors, meta = load_tensors(self._folder / f"{stem}.safetensors")
+    def _load_state(self) -> tuple[State, dict]:
+        """The newest state that can be read.
+
+        Raises:
+          FederationError: If it is of another job.
+          FileNotFoundError: If there is none.
+          ParameterError: If neither the newest nor the one before it can be read.
+        """
+        tensors, meta = load_newest(self._folder / _STATE, self._folder / _STATE_BEFORE, needs=_STATE_VALUES)
         if meta["job"] != self._job:
             raise FederationError(f"{self._folder}: state of job {meta['job']!r}, not of {self._job!r}")
         parts = {

@@ -5,20 +5,26 @@ encoder, so a state_dict holds every encoder tensor four times, and a strict loa
 old encoder.
 """
 
+import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+logger = logging.getLogger(__name__)
+
 Params = dict[str, Tensor]
 
 _META_KEY = "fedcmt"
+_CHECKSUM_KEY = "fedcmt_sha256"
 
 
 class ParameterError(ValueError):
@@ -107,6 +113,11 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def is_dense(value: object) -> TypeGuard[Tensor]:
+    """Whether this is a tensor with a value for each of its numbers: not sparse, quantized or without memory."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
+
+
 def check_names(got: Collection[str], expected: Collection[str], *, where: str) -> None:
     """Raise `ParameterError` naming what is missing and what is unknown."""
     missing, unknown = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
@@ -155,29 +166,50 @@ def serialized_size(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     return offset, 8 + (head + 7) // 8 * 8 + offset
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
-    """Write tensors and plain values as one safetensors file, atomically: readers see the old file or the new one."""
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, object],
+    *,
+    before: Path | None = None,
+    checksum: bool = True,
+) -> None:
+    """Write tensors and plain values as one safetensors file, atomically: readers see the old file or the new one.
+
+    Args:
+      path: The file; its folder is made if needed.
+      tensors: Name to tensor, of any type and stride.
+      meta: What `json` can write.
+      before: Where the file that was at ``path`` goes once the new one is complete; None replaces it.
+      checksum: Whether the file says what `load_tensors` is to find in it. Needless for files that no other process
+        reads.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    plain: Params = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.detach().to("cpu").contiguous()
-        # safetensors refuses two names for one memory, e.g. a buffer that starts as the parameter itself.
-        plain[name] = own.clone() if own.untyped_storage().data_ptr() in seen else own
-        seen.add(own.untyped_storage().data_ptr())
-    save_file(plain, temporary, metadata={_META_KEY: json.dumps(meta)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    plain, values = _storable(tensors), json.dumps(meta)
+    metadata = {_META_KEY: values} | ({_CHECKSUM_KEY: _checksum(plain, values)} if checksum else {})
+    try:
+        save_file(plain, temporary, metadata=metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        if before is not None and path.exists():
+            path.replace(before)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path: Path) -> tuple[Params, dict]:
+def load_tensors(path: Path, *, needs: Collection[str] = (), checksum: bool = True) -> tuple[Params, dict]:
     """Read what `save_tensors` wrote: tensors on the CPU and the plain values.
+
+    Args:
+      path: The file.
+      needs: Keys that its plain values must have.
+      checksum: Whether it was written with one; the content must then be what was written, to the bit.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ParameterError: If the file is not one of ours or is damaged.
+      ParameterError: If the file is not one of ours, is of another kind or version, or is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such state file")
@@ -185,11 +217,80 @@ def load_tensors(path: Path) -> tuple[Params, dict]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return tensors, json.loads(metadata[_META_KEY])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ParameterError(
-            f"{path}: not a readable state file ({error}). Remove it or restore an earlier one."
-        ) from error
+        values = metadata[_META_KEY]
+        if checksum and metadata[_CHECKSUM_KEY] != _checksum(tensors, values):
+            raise ValueError("its checksum is not that of its content")
+        meta = json.loads(values)
+        if missing := sorted(set(needs) - set(meta)):
+            raise ValueError(f"it lacks {_shorten(missing)}")
+        return tensors, meta
+    except KeyError as error:
+        raise _unreadable(path, f"it has no {error}: of another program or version, or damaged") from error
+    except (SafetensorError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+
+
+def load_newest(newest: Path, before: Path, *, needs: Collection[str] = ()) -> tuple[Params, dict]:
+    """Read a state, or the one before it if the newest is damaged or was never completed.
+
+    The state that was read is at ``newest`` afterwards. A damaged one is kept beside it, under its name with
+    ``.damaged`` behind it.
+
+    Args:
+      newest: What `save_tensors` wrote last.
+      before: What its argument ``before`` was.
+      needs: As in `load_tensors`.
+
+    Raises:
+      FileNotFoundError: If there is neither.
+      ParameterError: If neither can be read.
+    """
+    if not before.exists():
+        return load_tensors(newest, needs=needs)
+    if newest.exists():
+        try:
+            return load_tensors(newest, needs=needs)
+        except ParameterError as damage:
+            found = _load_before(before, needs, damage)
+            kept = newest.with_name(newest.name + ".damaged")
+            newest.replace(kept)
+            logger.error("%s Going on from the state before it, %s; the damaged one is now %s", damage, before, kept)
+    else:
+        found = load_tensors(before, needs=needs)
+    before.replace(newest)
+    return found
+
+
+def _load_before(before: Path, needs: Collection[str], damage: ParameterError) -> tuple[Params, dict]:
+    try:
+        return load_tensors(before, needs=needs)
+    except ParameterError as error:
+        raise ParameterError(f"{damage} Nor can the state before it be used: {error}") from error
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> Params:
+    """On the CPU, contiguous, and each with memory of its own."""
+    plain: Params = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().to("cpu").contiguous()
+        # safetensors refuses two names for one memory, e.g. a buffer that starts as the parameter itself.
+        plain[name] = own.clone() if own.untyped_storage().data_ptr() in seen else own
+        seen.add(own.untyped_storage().data_ptr())
+    return plain
+
+
+def _checksum(tensors: Mapping[str, Tensor], values: str) -> str:
+    """SHA-256 of the plain values and of every tensor's name, type, shape and bytes; safetensors itself has none."""
+    digest = hashlib.sha256(values.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unreadable(path: Path, reason: str) -> ParameterError:
+    return ParameterError(f"{path}: not a readable state file ({reason}). Remove it or restore an earlier one.")
 
 
 _SAFETENSORS_DTYPE = {

@@ -5,15 +5,16 @@ import math
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.config import SiteConfig
 from fedcmt.data.classes import read_classes
+from fedcmt.json_file import read_state
 from fedcmt.logs import root_logger_unchanged
 from fedcmt.messages import Message
 from fedcmt.models.scopes import Partition
@@ -23,12 +24,24 @@ from fedcmt.nnunet.network import input_parameters
 from fedcmt.nnunet.paths import nnunet_paths
 from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, LossHook, SiteTrainer, build_trainer
-from fedcmt.params import Params, copy_into, delta, load_tensors, put_rows, save_tensors, shapes, snapshot, take_rows
+from fedcmt.params import (
+    Params,
+    copy_into,
+    delta,
+    load_newest,
+    load_tensors,
+    put_rows,
+    save_tensors,
+    shapes,
+    snapshot,
+    take_rows,
+)
 from fedcmt.privacy.server_half import noise_source
 from fedcmt.privacy.site_half import SitePrivacy
 from fedcmt.privacy.terms import PrivacyTerms
 from fedcmt.progress import Progress
 from fedcmt.randomness import RandomStream, derive_seed
+from fedcmt.settings import read_settings
 from fedcmt.whole_cases import WholeCases, site_device
 from fedcmt.wire import encode
 
@@ -37,6 +50,8 @@ logger = logging.getLogger(__name__)
 _LAST = "last.safetensors"
 _PREVIOUS = "previous.safetensors"
 """The state before the one in `_LAST`: a server that was killed in a round asks for that round again."""
+_STATE_VALUES = ("round", "optimizer", "random", "best_score", "scores")
+"""What a state that a site can go on from says besides its tensors."""
 _BEST = "best.safetensors"
 _HEADS = re.compile(r"(?:^|\.)(?:seg_layers|head)\.")
 """Names of output layers: in nnU-Net's networks, and in `fedcmt.models`."""
@@ -80,6 +95,16 @@ class Prepared:
     schedule_rounds: int
     privacy: dict[str, Any] = field(default_factory=dict)
     num_sites: int = 1
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Read ``prepared.json``.
+
+        Raises:
+          JsonFileError: If the file cannot be read, is damaged, or lacks a key.
+          TypeError: If a key is unknown.
+        """
+        return read_settings(cls, read_state(path, needs=[key.name for key in fields(cls)]), str(path))
 
 
 class Session:
@@ -410,18 +435,14 @@ class Session:
         tensors |= {f"algorithm/{n}": t for n, t in remembered.items()}
         meta = {"optimizer": optimizer_plain, "random": random_plain, "best_score": self._best_score}
         meta |= {"scores": self._scores, "algorithm": plain}
-        last = self._folder / _LAST
-        if last.exists():
-            last.replace(self._folder / _PREVIOUS)
-        save_tensors(last, tensors, {"round": round_idx, **meta})
+        last, previous = self._folder / _LAST, self._folder / _PREVIOUS
+        save_tensors(last, tensors, {"round": round_idx, **meta}, before=previous)
         self._last_round = round_idx
 
     def _restore(self) -> None:
-        """Go back to what `_save_last` stored; where it did not come to its end, to what it stored before."""
+        """Go back to what `_save_last` stored; where that is damaged or was not completed, to what it stored before."""
         path = self._folder / _LAST
-        if not path.exists():
-            (self._folder / _PREVIOUS).replace(path)
-        tensors, meta = load_tensors(path)
+        tensors, meta = load_newest(path, self._folder / _PREVIOUS, needs=_STATE_VALUES)
         parts: dict[str, Params] = {"network": {}, "optimizer": {}, "random": {}, "algorithm": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")

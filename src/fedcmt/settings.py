@@ -1,6 +1,6 @@
 """Checks of settings that come from a job's JSON."""
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeGuard, TypeVar
@@ -21,7 +21,8 @@ def is_int(value: object) -> TypeGuard[int]:
 
 def is_number(value: object) -> TypeGuard[float]:
     """A finite number; JSON's true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max  # JSON's whole numbers have no limit
+    return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def read_settings(cls: type[T], values: Mapping[str, Any], where: str) -> T:

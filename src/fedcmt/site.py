@@ -16,7 +16,7 @@ from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import SiteConfig
 from fedcmt.data.checks import check_dataset, find_dataset, read_dataset_json
 from fedcmt.data.classes import read_classes
-from fedcmt.json_file import read_json, write_json
+from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Message, Task
 from fedcmt.nnunet.fingerprint import Fingerprint, bin_policy
 from fedcmt.nnunet.planning_options import PlanningOptions
@@ -31,6 +31,9 @@ from fedcmt.workspace import THREADS_VARIABLE, environment, nnunet_folder
 
 logger = logging.getLogger(__name__)
 
+_JOINED_FILE = "joined.json"
+_JOINED = ("job", "seed", "planning", "privacy", "num_sites", "fingerprint")
+"""What it holds: the server's introduction, and the site's fingerprint in its finest form."""
 _TRAFFIC = "traffic.json"
 _NO_TRAFFIC = {"sent": 0, "received": 0}
 """Bytes of tensors since the run began, over every restart."""
@@ -62,7 +65,8 @@ class Site:
         self._report = report
         self._ledger = EgressLedger(folder / "egress.jsonl")
         self._session: Session | None = None
-        self._bytes = read_json(folder / _TRAFFIC) if (folder / _TRAFFIC).exists() else dict(_NO_TRAFFIC)
+        traffic = folder / _TRAFFIC
+        self._bytes = read_state(traffic, needs=_NO_TRAFFIC) if traffic.exists() else dict(_NO_TRAFFIC)
         self._stop: Callable[[], bool] = lambda: False
 
     def handle(self, task: Task, message: Message, stop: Callable[[], bool] = lambda: False) -> Message:
@@ -109,12 +113,12 @@ class Site:
             read_classes(self._dataset, read_dataset_json(self._dataset), self._config.classes)
         logger.info("%s: extracting the fingerprint", self.name)
         own = own_fingerprint(self._dataset, options)
-        write_json(self._folder / "joined.json", {**message.meta, "fingerprint": own.to_dict()})
+        write_state(self._folder / _JOINED_FILE, {**message.meta, "fingerprint": own.to_dict()})
         sent = own.coarsened(bin_policy(options.mode))
         return Message({"fingerprint": sent.to_dict(), "modality": self._config.modality})
 
     def _prepare(self, message: Message) -> Message:
-        joined = read_json(self._folder / "joined.json")
+        joined = read_state(self._folder / _JOINED_FILE, needs=_JOINED)
         options = PlanningOptions.from_dict(joined["planning"])
         progress = Progress(f"{self.name}: preprocessing", logger)
         plans = prepare_data(
@@ -141,7 +145,7 @@ class Site:
         )
         if message.meta["resume"]:
             self._check_same_data(prepared)
-        write_json(self._folder / "prepared.json", asdict(prepared))
+        write_state(self._folder / "prepared.json", asdict(prepared))
         self.close()
         if not message.meta["resume"]:
             for stale in ("previous.safetensors", "last.safetensors", "best.safetensors"):
@@ -164,7 +168,7 @@ class Site:
         path = self._folder / "prepared.json"
         if not path.exists():
             return
-        before = Prepared(**read_json(path))
+        before = Prepared.from_file(path)
         known = (before.plans["dataset_name"], before.dataset_json["labels"], before.dataset_json["channel_names"])
         now = (prepared.plans["dataset_name"], prepared.dataset_json["labels"], prepared.dataset_json["channel_names"])
         if known != now:
@@ -188,7 +192,7 @@ class Site:
     def _ready(self) -> Session:
         """The running session; after a restart, rebuilt from disk with the personal and optimiser state."""
         if self._session is None:
-            self._session = self._open(Prepared(**read_json(self._folder / "prepared.json")))
+            self._session = self._open(Prepared.from_file(self._folder / "prepared.json"))
         return self._session
 
     def _open(self, prepared: Prepared) -> Session:
@@ -207,7 +211,7 @@ class Site:
             personal=partition.personal if partition else (),
         )
         self._count("sent", answer)
-        write_json(self._folder / _TRAFFIC, self._bytes)
+        write_state(self._folder / _TRAFFIC, self._bytes)
 
     def _count(self, direction: str, message: Message) -> None:
         for tensors in (message.tensors, message.extras):
@@ -226,5 +230,5 @@ class Site:
 
     def _draws_cases(self) -> bool:
         """Whether each step draws its cases, which loader processes would do ahead of it."""
-        joined = self._folder / "joined.json"
-        return joined.exists() and read_json(joined)["privacy"].get("mode") == "instance_dp"
+        joined = self._folder / _JOINED_FILE
+        return joined.exists() and read_state(joined, needs=_JOINED)["privacy"].get("mode") == "instance_dp"

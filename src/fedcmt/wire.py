@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from fedcmt.params import ParameterError, Params, check_shapes, shapes
+from fedcmt.params import ParameterError, Params, check_shapes, is_dense, shapes
 
 UPDATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 """Setting ``server.update_dtype`` to the type of the numbers that travel."""
@@ -75,7 +75,7 @@ def decode(encoded: Mapping[str, Tensor], dtype: str, *, where: str) -> Params:
     """
     if dtype == "float32":
         return dict(encoded)
-    foreign = sorted(n for n, t in encoded.items() if not isinstance(t, Tensor) or t.layout != torch.strided)
+    foreign = sorted(n for n, t in encoded.items() if not is_dense(t))
     if foreign:
         raise ParameterError(f"{where}: {foreign[:4]} are not dense torch tensors")
     codes = {name: tensor for name, tensor in encoded.items() if not name.endswith(SCALE_SUFFIX)}

@@ -19,6 +19,7 @@ from fedcmt.data.checks import (
     list_cases,
     list_training_cases,
     read_dataset_json,
+    read_splits,
 )
 
 SHAPE_ZYX = (8, 7, 6)
@@ -528,3 +529,46 @@ def test_a_long_list_is_cut(dataset: Path) -> None:
     lines = problems(dataset)
     assert len(lines) == 21
     assert lines[-1] == "... and 3 more"
+
+
+# Damaged headers and splits
+
+
+@pytest.mark.parametrize("edge", [1e-6, 2e4])
+def test_voxels_of_no_possible_size_are_refused(dataset: Path, edge: float) -> None:
+    for name in (FIRST, SECOND, LABEL):
+        write(dataset / name, label() if name == LABEL else voxels(7), spacing=(1.0, edge, 1.0))
+    assert [line.split(" has ")[0] for line in problems(dataset)] == [f"- {name}" for name in (FIRST, SECOND, LABEL)]
+    assert "expected edges of 0.0001 to 10000 mm. The header is damaged" in problems(dataset)[0]
+
+
+def test_a_header_that_promises_more_than_the_file_can_hold_asks_for_no_memory(dataset: Path) -> None:
+    whole = bytearray(gzip.decompress((dataset / FIRST).read_bytes()))
+    whole[42:48] = np.array([30_000, 30_000, 30_000], "<i2").tobytes()  # dim[1..3]
+    (dataset / FIRST).write_bytes(gzip.compress(bytes(whole)))
+    with pytest.raises(OSError, match="the header says 108000000000000 bytes of voxels, the file holds"):
+        checks.read_voxels(dataset / FIRST)
+    assert any(FIRST in line and "cannot be read (the header says" in line for line in problems(dataset))
+
+
+def test_splits_are_read_by_fold(tmp_path: Path) -> None:
+    folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": []}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(folds))
+    assert read_splits(tmp_path / "splits_final.json") == folds
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[{", "not valid JSON"),
+        ("[" * 10**5, "not valid JSON"),
+        ('{"train": [], "val": []}', "expected a list of folds"),
+        ('[{"train": ["a"]}]', "expected a list of folds"),
+        ('[{"train": ["a"], "val": [1]}]', "expected a list of folds"),
+        ('[{"train": "a", "val": ["b"]}]', "expected a list of folds"),
+    ],
+)
+def test_damaged_splits_are_refused_by_file(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "splits_final.json").write_text(text)
+    with pytest.raises(DatasetError, match=rf"splits_final\.json: {said}"):
+        read_splits(tmp_path / "splits_final.json")

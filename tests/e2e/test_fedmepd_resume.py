@@ -41,10 +41,10 @@ def killing(where: str, round_idx: int) -> Iterator[None]:
         chosen = task is Task.TRAIN and (site.name, message.meta["round"]) == (where, round_idx)
         return handle(site, task, message, killed if chosen else stop)
 
-    def keep(path: Path, tensors: Params, meta: dict[str, Any]) -> None:
+    def keep(path: Path, tensors: Params, meta: dict[str, Any], **options: Any) -> None:
         if (where, path.name, meta.get("round")) == (KEPT, "state.safetensors", round_idx):
             raise Killed
-        save_tensors(path, tensors, meta)
+        save_tensors(path, tensors, meta, **options)
 
     def tell(writer: Any, reported: int, curves: Any) -> None:
         if (where, reported) == (REPORTED, round_idx):

@@ -289,3 +289,16 @@ def test_an_empty_file_is_no_ledger(path: Path) -> None:
 def test_spending_nothing_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match=r"releases is \[\], expected at least one"):
         opened(path).spend("round", [], 0, "whole site")
+
+
+@pytest.mark.parametrize("key", ["noise_multiplier", "sampling_rate", "count", "epsilon_after"])
+def test_a_number_that_changed_on_disk_is_noticed(path: Path, key: str) -> None:
+    ledger = opened(path)
+    ledger.spend("round", [Release(4.0, 0.5, 2)], 0, "training case", site="a")
+    ledger.spend("round", [Release(4.0, 0.5, 2)], 1, "training case", site="a")
+    terms, *lines = path.read_text().splitlines()
+    changed = [json.loads(line) for line in lines]
+    changed[1 if key == "epsilon_after" else 0][key] *= 2
+    path.write_text("\n".join([terms, *map(json.dumps, changed)]) + "\n")
+    with pytest.raises(LedgerError, match=r"line 3 is damaged: epsilon_after is [\d.]+, the lines so far come to"):
+        opened(path)

@@ -9,6 +9,8 @@ Voxels of NIfTI files are read with nibabel: SimpleITK fills a file that was cut
 both without a word. Grids are read with SimpleITK, because that is how nnU-Net sees them.
 """
 
+import json
+import math
 import re
 import threading
 import zlib
@@ -38,7 +40,13 @@ _OTHER_IMAGE_ENDINGS = (*FILE_ENDINGS, ".nii", ".png", ".tif", ".tiff", ".dcm")
 _SIMPLEITK = threading.Lock()
 _READ_THREADS = 4
 _TOLERANCE = 1e-3
-READ_ERRORS = (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+_SMALLEST_EDGE_MM, _LARGEST_EDGE_MM = 1e-4, 1e4
+_MOST_COMPRESSED = 1032
+"""Bytes that one byte of a gzip file can stand for (RFC 1951)."""
+READ_ERRORS = (
+    *(RuntimeError, OSError, EOFError, ValueError, OverflowError, MemoryError),
+    *(zlib.error, ImageFileError, HeaderDataError),
+)
 """What SimpleITK, gzip and nibabel raise for a damaged file."""
 
 
@@ -143,6 +151,37 @@ def read_dataset_json(folder: Path) -> dict:
         raise DatasetError(f"{error}. Write it as in docs/data.md.") from error
     raise_if(folder, _dataset_json_problems(content))
     return content
+
+
+def read_splits(file: Path) -> list[dict[str, list[str]]]:
+    """Read and check splits_final.json.
+
+    Args:
+      file: The file.
+
+    Returns:
+      The training and validation cases of each fold, under ``train`` and ``val``.
+
+    Raises:
+      DatasetError: If the file is not JSON or has another form.
+    """
+    try:
+        folds = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{file}: not valid JSON ({error}). Restore the file.") from error
+    if not (isinstance(folds, list) and all(map(_is_fold, folds))):
+        raise DatasetError(
+            f'{file}: expected a list of folds, each {{"train": [case, ...], "val": [case, ...]}} with names of cases. '
+            "Restore the file."
+        )
+    return folds
+
+
+def _is_fold(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(cases := value.get(part), list) and all(isinstance(case, str) for case in cases)
+        for part in ("train", "val")
+    )
 
 
 def channel_names(dataset_json: Mapping) -> tuple[str, ...]:
@@ -373,7 +412,7 @@ def _region_problems(labels: Mapping[str, int | list[int]], order: object) -> li
 
 def _is_label(value: object) -> bool:
     if isinstance(value, list):
-        return bool(value) and all(_is_label(item) and not isinstance(item, list) for item in value)
+        return bool(value) and all(not isinstance(item, list) and _is_label(item) for item in value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -568,6 +607,8 @@ def _file_problem(path: Path, allowed: Sequence[int] | None) -> tuple[_Grid | No
                 f"has {header.GetDimension()} dimensions of {grid.size_vox} and {components} values per voxel; "
                 "expected 3 dimensions and 1 value. Split it into one 3-D file per channel."
             )
+        if problem := _grid_problem(grid):
+            return None, problem
         array = read_voxels(path)
     except READ_ERRORS as error:
         return None, (
@@ -589,7 +630,11 @@ def _read_header(path: Path) -> sitk.ImageFileReader:
 
 def read_voxels(path: Path) -> np.ndarray:
     if path.name.endswith(".nii.gz"):
-        return np.asanyarray(nibabel.load(path).dataobj)  # type: ignore[attr-defined]
+        image = nibabel.load(path)
+        size, most = math.prod(image.shape) * image.get_data_dtype().itemsize, _MOST_COMPRESSED * path.stat().st_size  # type: ignore[attr-defined]
+        if size > most:  # else that much memory would be asked for
+            raise OSError(f"the header says {size} bytes of voxels, the file holds {most} at most")
+        return np.asanyarray(image.dataobj)  # type: ignore[attr-defined]
     with _SIMPLEITK:
         return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
@@ -623,6 +668,21 @@ def _label_image_problem(array: np.ndarray, allowed: Sequence[int]) -> str | Non
         f"holds the label values {shown} in {unknown.size} voxels; dataset.json knows {list(allowed)}. "
         "Correct the label image (labels must not be interpolated) or add the labels to dataset.json."
     )
+
+
+def _grid_problem(grid: _Grid) -> str | None:
+    """What cannot be of a medical image's grid, or None."""
+    if not all(_SMALLEST_EDGE_MM <= edge <= _LARGEST_EDGE_MM for edge in grid.spacing_mm):
+        return (
+            f"has voxels of {_rounded(grid.spacing_mm)} mm; expected edges of {_SMALLEST_EDGE_MM} to "
+            f"{_LARGEST_EDGE_MM:g} mm. The header is damaged: export the image again."
+        )
+    if not np.isfinite([*grid.origin_mm, *grid.direction]).all():
+        return (
+            f"has origin {grid.origin_mm} and direction {grid.direction}; expected finite numbers. The header is "
+            "damaged: export the image again."
+        )
+    return None
 
 
 def _grid_difference(grid: _Grid, reference: _Grid) -> str | None:

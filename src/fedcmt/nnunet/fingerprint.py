@@ -94,7 +94,7 @@ def bin_policy(mode: str) -> BinPolicy:
     Raises:
       ValueError: If there is no such mode.
     """
-    if mode not in _POLICIES:
+    if mode not in list(_POLICIES):  # by value: a job may hold anything here
         raise ValueError(f"planning.mode is {mode!r}, expected one of {sorted(_POLICIES)}")
     return _POLICIES[mode]
 

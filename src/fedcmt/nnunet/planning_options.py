@@ -18,6 +18,7 @@ from fedcmt.models.munet import MUNet
 from fedcmt.models.trans_unet3d import TransUNet3D
 from fedcmt.models.unet3d import UNet3D
 from fedcmt.nnunet.fingerprint import bin_policy
+from fedcmt.settings import is_number
 
 PLANNERS: dict[str, type[ExperimentPlanner]] = {
     "ExperimentPlanner": ExperimentPlanner,
@@ -116,7 +117,8 @@ class PlanningOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"planning.{name} is {value!r}, expected an integer of at least {least}")
-        if self.gpu_memory_gb is not None and not self.gpu_memory_gb > 0:
+        memory = self.gpu_memory_gb
+        if memory is not None and not (is_number(memory) and memory > 0):
             raise ValueError(f"planning.gpu_memory_gb is {self.gpu_memory_gb!r}, expected a positive number of GB")
         if not isinstance(self.extra_stem_convolution, bool):
             raise ValueError(
@@ -124,7 +126,9 @@ class PlanningOptions:
             )
         patch = self.max_patch_size
         if patch is not None and (
-            len(patch) != 3 or any(isinstance(p, bool) or not isinstance(p, int) or p < 8 for p in patch)
+            not isinstance(patch, tuple)
+            or len(patch) != 3
+            or any(isinstance(p, bool) or not isinstance(p, int) or p < 8 for p in patch)
         ):
             raise ValueError(
                 f"planning.max_patch_size is {patch!r}, expected three integers of at least 8 voxels (z, y, x)"

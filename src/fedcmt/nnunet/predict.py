@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import SimpleITK as sitk
@@ -16,7 +17,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from torch import nn
 
-from fedcmt.data.checks import channel_names, list_cases, raise_if
+from fedcmt.data.checks import DatasetError, channel_names, list_cases, raise_if, read_dataset_json
 from fedcmt.evaluation.subsets import Subset, chosen_sequences, sequences_of
 from fedcmt.json_file import JsonFileError, read_json
 from fedcmt.models.fedmepd import FedMEPDNet
@@ -25,6 +26,12 @@ from fedcmt.nnunet.export import CLASSES_FILE
 from fedcmt.nnunet.normalization import with_own_schemes
 
 log = logging.getLogger(__name__)
+
+_LOAD_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError),
+    *(TypeError, ValueError, UnpicklingError),
+)
+"""What nnU-Net and torch raise for plans, labels or a checkpoint that are damaged."""
 
 
 class PredictionInputError(ValueError):
@@ -104,8 +111,9 @@ def check_model(folder: Path, checkpoint: str) -> dict:
                 f"{folder / name}: missing; {folder} is not a complete model folder. Has the job finished?"
             )
     try:
-        return read_json(folder / "dataset.json")
-    except JsonFileError as error:
+        read_json(folder / "plans.json")
+        return read_dataset_json(folder)
+    except (DatasetError, JsonFileError) as error:
         raise PredictionInputError(f"{error}. Restore the model folder.") from error
 
 
@@ -230,7 +238,7 @@ def load_predictor(folder: Path, checkpoint: str, *, device: torch.device, mirro
     """The stock predictor with the stock command's settings.
 
     Raises:
-      PredictionInputError: If the model is a cascade.
+      PredictionInputError: If the model is a cascade, or its files are damaged or do not fit each other.
     """
     chatter = io.StringIO()
     with contextlib.redirect_stdout(chatter):  # it prints whatever verbose says
@@ -245,7 +253,13 @@ def load_predictor(folder: Path, checkpoint: str, *, device: torch.device, mirro
             verbose_preprocessing=False,
             allow_tqdm=False,
         )
-        predictor.initialize_from_trained_model_folder(str(folder), use_folds=("all",), checkpoint_name=checkpoint)
+        try:
+            predictor.initialize_from_trained_model_folder(str(folder), use_folds=("all",), checkpoint_name=checkpoint)
+        except _LOAD_ERRORS as error:
+            raise PredictionInputError(
+                f"{folder}: nnU-Net cannot build the network of plans.json and dataset.json with the weights of "
+                f"fold_all/{checkpoint} ({type(error).__name__}: {error}). Restore the model folder."
+            ) from error
     predictor.configuration_manager = with_own_schemes(predictor.configuration_manager)
     log.debug("nnU-Net: %s", chatter.getvalue().strip())
     if predictor.configuration_manager.previous_stage_name is not None:

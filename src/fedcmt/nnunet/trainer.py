@@ -7,7 +7,6 @@ precision are nnU-Net's own.
 
 import contextlib
 import io
-import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
 from fedcmt.config import OptimizerConfig
-from fedcmt.data.checks import DatasetError
+from fedcmt.data.checks import DatasetError, read_splits
 from fedcmt.models.fedmepd import FedMEPDNet
 from fedcmt.models.fedmepd_loss import fedmepd_loss
 from fedcmt.models.munet_loss import published_loss
@@ -160,11 +159,11 @@ class SiteTrainer(nnUNetTrainer):
         """nnU-Net's training and validation cases of the fold.
 
         Raises:
-          DatasetError: If splits_final.json lacks the fold, for which nnU-Net would draw cases at random, or names
-            cases that are not there.
+          DatasetError: If splits_final.json is damaged or lacks the fold, for which nnU-Net would draw cases at random,
+            or names cases that are not there.
         """
         file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-        if self.fold != "all" and file.is_file() and self.fold >= (count := len(json.loads(file.read_text()))):
+        if self.fold != "all" and file.is_file() and self.fold >= (count := len(read_splits(file))):
             raise DatasetError(f"{file}: has {count} folds, fold is {self.fold}; set sites.fold to 0 to {count - 1}")
         training, validation = super().do_split()
         there = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))

@@ -5,6 +5,7 @@ towards epsilon. One without is only written down, and no epsilon speaks for it.
 """
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,6 +16,8 @@ from fedcmt.json_file import write_json
 from fedcmt.privacy.accounting import ACCOUNTANTS, Accountant, Release, epsilon
 from fedcmt.settings import is_int, is_number, require
 
+_TOLERANCE = 1e-3
+"""Of a stored epsilon; another version of the accountant may round differently."""
 _RELEASE = ("noise_multiplier", "sampling_rate", "count")
 _KEYS = {"time", "kind", "site", "round", "protects", "covered", *_RELEASE, "detail", "epsilon_after"}
 
@@ -71,9 +74,11 @@ class PrivacyLedger:
         self._spent: list[tuple[str | None, Release]] = []
         self._uncovered: list[str] = []
         self._rounds: set[int] = set()
+        self._said: dict[str | None, tuple[int, int, float]] = {}
         terms = {"delta": delta, "max_epsilon": max_epsilon, "accountant": accountant}
         if path.exists():
             self._read(terms)
+            self._check_epsilons()
         if missing := sorted(set(rounds) - self._rounds):
             raise LedgerError(
                 f"{path}: has no line of round {missing[0] + 1}, which was made. Restore the ledger; without it "
@@ -182,9 +187,21 @@ class PrivacyLedger:
         return list(dict.fromkeys(self._uncovered))
 
     def _after(self, releases: Sequence[Release], site: str | None) -> float:
-        sites = {site} if site is not None else {None, *(owner for owner, _ in self._spent)}
-        spent = ([release for owner, release in self._spent if owner in (None, one)] for one in sites)
-        return max(epsilon([*earlier, *releases], self._delta, self._accountant) for earlier in spent)
+        return self._epsilon_of(self._spent, releases, site)
+
+    def _epsilon_of(
+        self, spent: Sequence[tuple[str | None, Release]], releases: Sequence[Release], site: str | None
+    ) -> float:
+        sites = {site} if site is not None else {None, *(owner for owner, _ in spent)}
+        earlier = ([release for owner, release in spent if owner in (None, one)] for one in sites)
+        return max(epsilon([*before, *releases], self._delta, self._accountant) for before in earlier)
+
+    def _check_epsilons(self) -> None:
+        """Compare what each site's last line says was spent with what the lines come to."""
+        for site, (number, count, said) in self._said.items():
+            spent = self._epsilon_of(self._spent[:count], [], site)
+            if not math.isclose(said, spent, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
+                raise self._damaged(number, f"epsilon_after is {said:.6g}, the lines so far come to {spent:.6g}")
 
     def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -242,6 +259,9 @@ class PrivacyLedger:
         except ValueError as error:
             raise self._damaged(number, str(error)) from error
         self._spent.append((row["site"], release))
+        if not is_number(row["epsilon_after"]):
+            raise self._damaged(number, f"epsilon_after is {row['epsilon_after']!r}, expected a number")
+        self._said[row["site"]] = number, len(self._spent), row["epsilon_after"]
         if row["round"] is not None:
             self._rounds.add(row["round"])
 
