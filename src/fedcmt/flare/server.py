@@ -1,5 +1,6 @@
 """The server's side of FLARE: a controller that carries the federation's messages."""
 
+import gc
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,6 +165,7 @@ class _FlareChannel:
             if self._abort.triggered:
                 raise FederationError(f"task {task.value!r}: the job was aborted")
             time.sleep(_POLL_SECONDS)
+        gc.collect()  # FLARE's senders are cycles with buffers of half a megabyte, rarely collected otherwise
         return {site: answers.get(site, _no_answer(flare_task)) for site, flare_task in pending.items()}
 
 

@@ -1,5 +1,6 @@
 """The site's side of FLARE: an executor that hands tasks to the site's own process and carries its answers back."""
 
+import gc
 import logging
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class SiteExecutor(Executor):
         """Do one task; a failure goes back as its kind only, since messages may name a site's files."""
         if task_name not in set(Task):
             return make_reply(ReturnCode.TASK_UNKNOWN)
+        gc.collect()  # FLARE's senders of the last task are cycles with large buffers
         try:
             if self._site is None:
                 self._site = self._build(fl_ctx)
