@@ -10,4 +10,6 @@ python -m pip install --quiet --disable-pip-version-check -r requirements-dev.tx
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two workers, each file in one of them; more threads than cores would wait for each other.
+export OMP_NUM_THREADS=1
+python -m pytest --numprocesses 2 --dist loadfile "$@"

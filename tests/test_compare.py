@@ -115,7 +115,6 @@ def finished(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.slow
 def test_a_comparison_killed_half_way_does_only_what_is_missing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = started(out)

@@ -19,8 +19,6 @@ import pytest
 
 from tests.e2e.conftest import REPOSITORY, environment
 
-pytestmark = pytest.mark.slow
-
 CHECKED_OUT = ("src", "jobs", "deploy", "start_fl.sh", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
 TAG = "FEDCMT_TEST_NETWORK"
 

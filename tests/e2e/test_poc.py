@@ -11,8 +11,6 @@ from fedcmt.data.phantoms import make_cohort
 from fedcmt.flare.processes import processes_of
 from tests.e2e.conftest import SGD, Finished, command, environment, launch
 
-pytestmark = pytest.mark.slow
-
 SMALL = {"kind": "brain_mr", "num_train": 5, "num_test": 1, "shape_vox": [24, 28, 20]}
 OPTIONS = [*SGD, "--local-steps", "2", "--threads", "1"]
 SETTINGS = {
@@ -95,6 +93,7 @@ def test_a_poc_resumed_ends_with_the_scores_of_one_process_that_ran_through(
         assert theirs["specificity"] == pytest.approx(ours["test"]["specificity"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_one_that_is_ended_and_one_that_fails_beside_it_leave_nothing(
     variables: Mapping[str, str], tmp_path: Path
 ) -> None:

@@ -246,7 +246,6 @@ def test_nnunet_s_own_predictor_has_the_logits_of_training(site: Site, tmp_path:
     assert torch.equal(predictor.network(patch), expected)
 
 
-@pytest.mark.slow
 def test_equals_the_stock_command_where_fedcmt_can_be_imported(site: Site, tmp_path: Path) -> None:
     model, images, out = site.export(tmp_path / "model", site.parameters()), site.dataset / "imagesTs", tmp_path / "out"
     command = Path(sys.executable).with_name("nnUNetv2_predict_from_modelfolder")

@@ -66,7 +66,6 @@ def test_mirroring_can_be_switched_off_and_old_results_are_replaced(model: Path,
     assert not np.array_equal(mirrored, plain)
 
 
-@pytest.mark.slow
 def test_equals_the_stock_command(model: Path, images: Path, tmp_path: Path) -> None:
     """Run where fedcmt cannot be imported, so the folder alone must suffice."""
     command = Path(sys.executable).with_name("nnUNetv2_predict_from_modelfolder")

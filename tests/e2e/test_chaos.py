@@ -1,0 +1,125 @@
+"""Whatever part of a run is killed, and whenever: it completes, or does so resumed, with the weights of one left alone.
+
+Three kills run by default, twenty more with ``-m slow``.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fedcmt.data.phantoms import make_cohort
+from fedcmt.flare.processes import processes_of
+from fedcmt.params import Params, load_tensors
+from tests.e2e.conftest import SGD, Finished, command, environment, launch
+
+ROUNDS = 4
+SITES = ("client1", "client2")
+SMALL = {"kind": "brain_mr", "num_train": 5, "num_test": 1, "shape_vox": [24, 28, 20]}
+SETTINGS = {
+    "server.planning.base_features": 4,
+    "server.planning.max_features": 8,
+    "server.planning.max_stages": 3,
+    "server.planning.max_patch_size": "[16,16,24]",
+    "server.planning.batch_size": 2,
+    "sites.optimizer.lr": 0.01,
+    "sites.val_batches": 1,
+    "sites.mirroring": "false",
+    "client1.dataset_id": 801,
+    "client2.dataset_id": 802,
+}
+OPTIONS = [*SGD, "--rounds", str(ROUNDS), "--local-steps", "2", "--threads", "1"]
+for key, value in SETTINGS.items():
+    OPTIONS += ["--set", f"{key}={value}"]
+VICTIMS = {
+    "training": "fedcmt.site_process",  # the child that trains
+    "site": "nvflare.private.fed.app.simulator.simulator_worker",
+    "server": "nvflare.private.fed.app.simulator.simulator",
+}
+
+
+@pytest.fixture(scope="module")
+def variables(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    sites = {"Dataset801_North": {"seed": 1, "style": "site_a"}, "Dataset802_South": {"seed": 2, "style": "site_b"}}
+    make_cohort(folder / "raw", {name: {**SMALL, **own} for name, own in sites.items()})
+    return {"nnUNet_raw": str(folder / "raw"), "nnUNet_preprocessed": str(folder / "preprocessed")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(variables: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = tmp_path_factory.mktemp("undisturbed") / "w"
+    run = launch(workspace, "brats_sdl", *OPTIONS, "--engine", "inprocess", extra=variables)
+    assert run.code == 0, run.output
+    return workspace
+
+
+def weights(workspace: Path) -> dict[str, Params]:
+    """What the server and the sites end with, without the sites' optimisers and random states."""
+    found = {"server": load_tensors(workspace / "server" / "state.safetensors")[0]}
+    for site in SITES:
+        last, _ = load_tensors(workspace / "sites" / site / "last.safetensors")
+        found[site] = {name: tensor for name, tensor in last.items() if name.startswith("network/")}
+    return found
+
+
+def victims(workspace: Path, module: str) -> list[psutil.Process]:
+    found = []
+    for process in processes_of(str(workspace)):
+        try:
+            if module in process.cmdline():
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=lambda process: process.pid)
+
+
+def killed(workspace: Path, variables: Mapping[str, str], seed: int) -> Finished:
+    """A run of which one process is killed some time after it has come to a round."""
+    chance = random.Random(seed)
+    module = list(VICTIMS.values())[seed % len(VICTIMS)]
+    moment, delay = f"round {chance.randint(1, ROUNDS - 1)}/{ROUNDS} aggregated", chance.uniform(0, 3)
+    output, done = "", False
+    with subprocess.Popen(
+        command(workspace, "brats_sdl", *OPTIONS),
+        env=environment(variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output += line
+            if not done and moment in line:
+                time.sleep(delay)
+                victim = chance.choice(victims(workspace, module))
+                os.kill(victim.pid, signal.SIGKILL)
+                done = True
+    assert done, output
+    return Finished(process.returncode, output, workspace)
+
+
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 23))])
+def test_a_run_of_which_a_part_was_killed_ends_as_one_left_alone(
+    seed: int, variables: Mapping[str, str], undisturbed: Path, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "w"
+    run = killed(workspace, variables, seed)
+    if run.code != 0:
+        assert "Traceback" not in run.output, run.output
+        run = launch(workspace, "brats_sdl", "--resume", "--threads", "1", extra=variables)
+    assert run.code == 0, run.output
+    assert set(run.results["sites"]) == set(SITES)
+    assert processes_of(str(workspace)) == []
+    expected = weights(undisturbed)
+    for who, tensors in weights(workspace).items():
+        assert tensors.keys() == expected[who].keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected[who][name], rtol=0, atol=1e-6, msg=f"{who}: {name}")
