@@ -32,6 +32,22 @@ def test_scores_of_sites_that_exchange_nothing_are_refused(asked: tuple[str, obj
     assert not (tmp_path / "w" / "nnUNet_raw").exists()
 
 
+@pytest.mark.parametrize(
+    ("job", "setting"),
+    [
+        ("brats_fedmepd_standalone", ("server.planning.network_options", {})),
+        ("brats_fedmepd", ("algorithm.anchors", False)),
+    ],
+)
+def test_a_network_calibrated_by_anchors_that_nobody_brings_is_refused(
+    job: str, setting: tuple[str, object], tmp_path: Path
+) -> None:
+    run = Run(find_job(JOBS, job), tmp_path / "w", "inprocess", [setting], None)
+    with pytest.raises(ConfigError, match=r"calibrated by anchors, and (Standalone|FedMEPD) brings none"):
+        checked(run)
+    checked(replace(run, overrides=[setting, ("server.planning.network_options", {"calibrated": False})]))
+
+
 def test_a_job_that_is_to_run_later_is_checked_without_a_trace(tmp_path: Path) -> None:
     demo = {"about": "generated", "cohort": {}}
     run = Run(find_job(JOBS, "hippocampus_central"), tmp_path / "w", "inprocess", [("server.num_rounds", 3)], demo)

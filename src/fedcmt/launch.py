@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from fedcmt.algorithms.fedmepd import FedMEPD
 from fedcmt.config import ConfigError, JobConfig, ServerConfig, build_algorithm
 from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
@@ -176,7 +177,8 @@ def _check_before_anything_runs(job: JobConfig) -> None:
     """Build the algorithm and read the planning options once, so that a mistake shows before data are made.
 
     Raises:
-      ConfigError: If sites keep plans of their own and the algorithm cannot average networks that differ.
+      ConfigError: If sites keep plans of their own and the algorithm cannot average networks that differ, or the
+        network needs anchors and the algorithm brings none.
       FederationError: If the job asks for scores that cannot be had.
       ValueError: If the algorithm would break the job's privacy.
     """
@@ -192,6 +194,12 @@ def _check_before_anything_runs(job: JobConfig) -> None:
             f"job {job.name!r}: planning.mode is 'own', so sites' networks differ in shapes, and "
             f"{type(algorithm).__name__} averages tensors by name alone. Use mode 'architecture' or 'consensus', or an "
             "algorithm whose scopes are by_shape, such as fedcmt.algorithms.asymmetric.AsymmetricFedAvg"
+        )
+    calibrated = options.network == "FedMEPDNet" and options.network_options.get("calibrated", True)
+    if calibrated and not (isinstance(algorithm, FedMEPD) and algorithm.anchors):
+        raise ConfigError(
+            f"job {job.name!r}: planning.network is FedMEPDNet, whose features are calibrated by anchors, and "
+            f"{type(algorithm).__name__} brings none. Set planning.network_options.calibrated to false"
         )
 
 
