@@ -4,4 +4,4 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/network.sh"
-nvflare system shutdown all --force --startup-kit "$admin"
+nvflare system shutdown all --force --timeout 180 --startup-kit "$admin"

@@ -97,8 +97,7 @@ def test_a_child_answers_as_the_site_itself_and_survives_its_death(folders: Path
     before = child.pid
     assert before is not None
     os.kill(before, signal.SIGKILL)
-    while psutil.Process(before).status() != psutil.STATUS_ZOMBIE:  # waiting for it would take it from its parent
-        time.sleep(0.1)
+    os.waitid(os.P_PID, before, os.WEXITED | os.WNOWAIT)  # its end stays to be found
     again = child.handle(Task.TRAIN, round_of(payload, 1))  # between two tasks; the site's state came from disk
     assert isinstance(again, Message)
     assert child.pid != before
