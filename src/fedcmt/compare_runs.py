@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedcmt.launch import Run, launch
+from fedcmt.workspace import SOURCES, child_environment
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).resolve().parents[1]
 _MEBIBYTE = 2**20
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 Engine = Literal["inprocess", "simulator"]
@@ -191,8 +191,9 @@ def _unless(
 def _run_one(run: PlannedRun, engine: Engine, threads: int, environment: Mapping[str, str]) -> Measured:
     logger.info("%s, seed %d: started, %s", run.label, run.seed, run.log)
     run.workspace.mkdir(parents=True, exist_ok=True)
-    inherited = {name: value for name, value in os.environ.items() if name != "nnUNet_results"}
-    own = {"PYTHONPATH": f"{_SOURCES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": str(threads)}
+    child = child_environment(SOURCES, {"OMP_NUM_THREADS": str(threads), **environment})
+    if "nnUNet_results" not in environment:
+        child.pop("nnUNet_results", None)
     command = [sys.executable, "-m", "fedcmt.compare_runs", "--job", str(run.folder), "--workspace", str(run.workspace)]
     command += ["--engine", engine, "--seed", str(run.seed), "--threads", str(threads)]
     started = time.monotonic()
@@ -203,7 +204,7 @@ def _run_one(run: PlannedRun, engine: Engine, threads: int, environment: Mapping
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**inherited, **own, **environment},
+            env=child,
         )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

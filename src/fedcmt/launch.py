@@ -25,16 +25,23 @@ from fedcmt.data.phantoms import make_cohort
 from fedcmt.data.split import dataset_names, make_cuts
 from fedcmt.federation import FederationError, check_scoring
 from fedcmt.flare.poc import run_poc
-from fedcmt.flare.processes import EngineError, child_environment, end_workspace
+from fedcmt.flare.processes import EngineError, end_workspace
 from fedcmt.flare.simulator import run_simulator
 from fedcmt.job_folder import Override, add_site, apply_overrides, cohort_of, remove_site, stage
 from fedcmt.json_file import read_json, write_json
 from fedcmt.logs import LAUNCHER_PREFIX
 from fedcmt.models.scopes import ALL_PERSONAL
 from fedcmt.privacy.server_half import LEDGER_FILE, check_algorithm
-from fedcmt.workspace import GPUS_VARIABLE, RESUME_VARIABLE, THREADS_VARIABLE, WORKSPACE_VARIABLE, environment
+from fedcmt.workspace import (
+    GPUS_VARIABLE,
+    RESUME_VARIABLE,
+    SOURCES,
+    THREADS_VARIABLE,
+    WORKSPACE_VARIABLE,
+    child_environment,
+    environment,
+)
 
-_SOURCES = Path(__file__).resolve().parents[1]
 _NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 _RUN_OUTPUTS = ("flare", "server", "sites", "tensorboard", "logs", "job", "results.json", "nnUNet_results")
 _OF_NEWCOMERS = ("samples_per_case", "min_cases")
@@ -262,7 +269,7 @@ def _run_in_flare(run: Run, job: JobConfig) -> dict[str, Any]:
             job.folder,
             run.workspace / "flare",
             list(job.sites),
-            environment=child_environment(_SOURCES, {}),
+            environment=child_environment(SOURCES, {}),
             log=log,
             on_line=show,
         )

@@ -27,6 +27,7 @@ from typing import IO, Any
 from fedcmt.config import SiteConfig, build_algorithm
 from fedcmt.messages import Failure, Message, Task, failure_of
 from fedcmt.params import load_tensors, save_tensors
+from fedcmt.workspace import SOURCES, child_environment
 
 _MODULE = "fedcmt.site_process"  # the child runs it as __main__
 logger = logging.getLogger(_MODULE)
@@ -138,10 +139,9 @@ class _Child:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         commands_read, commands_write = os.pipe()
         events_read, events_write = os.pipe()
-        paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, str(commands_read), str(events_write)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=child_environment(SOURCES, {}),
             stdin=subprocess.DEVNULL,
             pass_fds=(commands_read, events_write),
             start_new_session=True,  # so that loader processes can be ended with it

@@ -15,6 +15,8 @@ WORKSPACE_VARIABLE = "FEDCMT_WORKSPACE"
 RESUME_VARIABLE = "FEDCMT_RESUME"
 GPUS_VARIABLE = "FEDCMT_GPUS"
 THREADS_VARIABLE = "FEDCMT_THREADS"
+SOURCES = Path(__file__).resolve().parents[1]
+"""The folder that holds this package."""
 
 
 def workspace_folder(flare_root: str, job_id: str) -> Path:
@@ -62,3 +64,9 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def child_environment(package_root: Path, extra: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for a child, with the package of that folder importable, and ``extra`` in it."""
+    paths = [str(package_root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **extra}

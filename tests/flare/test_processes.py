@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedcmt.flare import processes
-from fedcmt.flare.processes import child_environment, descendants, end_processes, end_workspace, ending_on_signals
-from fedcmt.workspace import WORKSPACE_VARIABLE
+from fedcmt.flare.processes import descendants, end_processes, end_workspace, ending_on_signals
+from fedcmt.workspace import WORKSPACE_VARIABLE, child_environment
 from tests.flare.running import is_running
 
 PARENT = """

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -25,12 +25,6 @@ def check_folder(folder: Path) -> None:
         raise EngineError(
             f"{folder}: FLARE's simulator and POC cannot use a folder with blanks in its path; give --workspace another"
         )
-
-
-def child_environment(package_root: Path, extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with the package importable and single-threaded maths libraries by default."""
-    paths = [str(package_root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **extra}
 
 
 def end_workspace(workspace: str | None) -> None:
