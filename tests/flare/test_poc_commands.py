@@ -115,8 +115,14 @@ def test_a_poc_that_does_not_start_is_an_error_with_what_flare_said(
 
 
 def test_an_interruption_while_following_ends_the_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep, calls = time.sleep, tmp_path / "calls"
+    interruptions = [KeyboardInterrupt()]
+
+    # Waiting for any command may sleep; the interruption comes while the submitted job is followed.
     def interrupt(seconds: float) -> None:
-        raise KeyboardInterrupt
+        if interruptions and calls.is_file() and "job wait" in calls.read_text():
+            raise interruptions.pop()
+        sleep(seconds)
 
     monkeypatch.setattr(time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
