@@ -5,14 +5,13 @@ bytes, time and memory become tables, a page and CSV files. Started again with t
 """
 
 import argparse
-import fcntl
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -48,6 +47,7 @@ from fedcmt.compare_runs import (
     read_rows,
     run_all,
 )
+from fedcmt.file_lock import InUseError, exclusive
 from fedcmt.job_folder import Override, parse_override
 from fedcmt.json_file import read_json
 
@@ -127,21 +127,14 @@ def _compare(options: argparse.Namespace, given: Sequence[str]) -> None:
     if _REPOSITORY / "jobs" in [out.resolve(), *out.resolve().parents]:
         raise ComparisonError(f"{out} is inside the job folders; give --out another folder")
     out.mkdir(parents=True, exist_ok=True)
-    with _exclusive(out):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(out / ".lock"))
+        except InUseError as error:
+            raise ComparisonError(f"{out} is in use by another comparison; wait for it or give --out") from error
         prepared = _prepare(options, out)
         _run_missing(prepared, options, out)
         _report(prepared, options, given, out)
-
-
-@contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    """One comparison at a time in a folder; the lock goes with the process."""
-    with (out / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ComparisonError(f"{out} is in use by another comparison; wait for it or give --out") from error
-        yield
 
 
 # ---------------------------------------------------------------------------------------------------------------------

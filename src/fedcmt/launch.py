@@ -1,6 +1,5 @@
 """One run of a job: its folder staged in the workspace, its data seen to, an engine started, its results kept."""
 
-import fcntl
 import json
 import logging
 import os
@@ -9,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -24,6 +23,7 @@ from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
 from fedcmt.data.split import dataset_names, make_cuts
 from fedcmt.federation import FederationError, check_scoring
+from fedcmt.file_lock import InUseError, exclusive
 from fedcmt.flare.poc import run_poc
 from fedcmt.flare.processes import EngineError, end_workspace
 from fedcmt.flare.simulator import run_simulator
@@ -421,18 +421,16 @@ def _epsilon_spent(ledger: Path) -> float | None:
 
 @contextmanager
 def _exclusive(workspace: Path) -> Iterator[None]:
-    """One run at a time in a workspace; the lock goes with the process."""
-    try:
-        lock = (workspace / ".lock").open("a")
-    except OSError as error:
-        raise LaunchError(
-            f"{workspace}: cannot be written to ({error.strerror}); give --workspace another folder"
-        ) from error
-    with lock:
+    """One run at a time in a workspace."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            stack.enter_context(exclusive(workspace / ".lock"))
+        except InUseError as error:
             raise LaunchError(
                 f"{workspace} is in use by another run; wait for it or give --workspace another folder"
+            ) from error
+        except OSError as error:
+            raise LaunchError(
+                f"{workspace}: cannot be written to ({error.strerror}); give --workspace another folder"
             ) from error
         yield

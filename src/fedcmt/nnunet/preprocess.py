@@ -1,6 +1,5 @@
 """nnU-Net's preprocessing of one site's data: done once per data identifier, resumable, safe with several processes."""
 
-import fcntl
 import json
 import logging
 import multiprocessing
@@ -8,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from fedcmt.data.checks import Case, list_training_cases, read_dataset_json
+from fedcmt.file_lock import exclusive
 from fedcmt.json_file import JsonFileError, read_json, write_json
 from fedcmt.nnunet.normalization import with_own_schemes
 
@@ -92,7 +91,11 @@ def preprocess_dataset(
     identifier = PlansManager(dict(plans)).get_configuration(configuration).data_identifier
     final, marker = folder / identifier, folder / f"{identifier}.complete.json"
     source = _source(cases)
-    with _locked(folder / "fedcmt.lock"):
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(
+        folder / "fedcmt.lock",
+        on_wait=lambda: logger.info("preprocess: waiting for another site that preprocesses into %s", folder),
+    ):
         _copy_labels(cases, dataset_json["file_ending"], folder / "gt_segmentations")
         if final.is_dir() and _records(marker, source):
             logger.info("preprocess: %s is complete (%d cases), reused", final, len(cases))
@@ -228,16 +231,3 @@ def _records(marker: Path, source: Mapping[str, Any]) -> bool:
         return read_json(marker) == source
     except JsonFileError:
         return False
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock that ends with the process, so that a crash never leaves it behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("preprocess: waiting for another site that preprocesses into %s", path.parent)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
