@@ -16,7 +16,7 @@ from fedcmt.algorithms.base import Algorithm, Participant, Payload, State, Updat
 from fedcmt.algorithms.fedavg import FedAvg, weighted_mean
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.algorithms.standalone import Standalone
-from fedcmt.config import ContributionConfig, ServerConfig
+from fedcmt.config import ConfigError, ContributionConfig, ServerConfig
 from fedcmt.federation import Federation, FederationError, _warn_of_lonely_channels
 from fedcmt.json_file import JsonFileError, read_json
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
@@ -161,6 +161,7 @@ def run(
     cross_site: bool = False,
     privacy: PrivacyTerms | None = None,
     max_norm_ratio: float | None = None,
+    settings: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     config = ServerConfig(
@@ -173,6 +174,7 @@ def run(
         privacy=privacy or PrivacyTerms(),
         max_norm_ratio=max_norm_ratio,
     )
+    config = replace(config, **(settings or {}))
     federation = Federation(
         algorithm or FedAvg(), planner or GivenPlanner(), config, job=job, folder=folder, resume=resume, **more
     )
@@ -436,9 +438,30 @@ def test_the_state_of_another_job_is_refused(tmp_path: Path) -> None:
         run(tmp_path, DirectChannel(three_sites()), job="other", rounds=2, resume=True)
 
 
+def test_resuming_without_a_federation_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path} holds no federation that began"):
+        run(tmp_path, DirectChannel(three_sites()), resume=True)
+
+
 def test_resuming_without_a_state_names_the_file(tmp_path: Path) -> None:
+    run(tmp_path, DirectChannel(three_sites()))
+    (tmp_path / "state.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"state\.safetensors"):
         run(tmp_path, DirectChannel(three_sites()), resume=True)
+
+
+def test_other_settings_than_the_federation_s_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    run(tmp_path, DirectChannel(three_sites()))
+    channel = DirectChannel(three_sites())
+    with pytest.raises(ConfigError, match=r"server\.seed is 3 since this federation began and cannot become 4"):
+        run(tmp_path, channel, rounds=2, resume=True, settings={"seed": 4})
+    assert not channel.of(Task.FINGERPRINT, "a")
+
+
+def test_sites_are_told_which_job_began_the_federation(tmp_path: Path) -> None:
+    channel = DirectChannel(three_sites())
+    run(tmp_path, channel, settings={"continues": "0f1e2d3c-0000-4000-8000-000000000001"})
+    assert [m.meta["continues"] for m in channel.of(Task.FINGERPRINT, "a")] == ["0f1e2d3c-0000-4000-8000-000000000001"]
 
 
 def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before_it(

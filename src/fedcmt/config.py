@@ -17,6 +17,7 @@ from fedcmt.json_file import read_json
 from fedcmt.privacy.terms import PrivacyTerms
 from fedcmt.settings import is_int, is_number, require
 from fedcmt.wire import UPDATE_DTYPES
+from fedcmt.workspace import is_job_id
 
 SERVER_CONFIG = Path("server/config/config_fed_server.json")
 
@@ -260,6 +261,8 @@ class ServerConfig:
     """Clipping, noise and the budget of epsilon; see docs/privacy.md."""
     update_dtype: Literal["float32", "float16", "int8"] = "float32"
     """Numbers of sites' updates on the wire; see `fedcmt.wire`. Models travel to sites as float32."""
+    continues: str | None = None
+    """In a provisioned network: FLARE's id of the job that began the federation this one goes on with."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -305,6 +308,10 @@ class ServerConfig:
         _require(isinstance(config.cross_site, bool), where, "cross_site", config.cross_site, "true or false")
         dtype, known = config.update_dtype, tuple(UPDATE_DTYPES)
         _require(isinstance(dtype, str) and dtype in known, where, "update_dtype", dtype, ", ".join(known))
+        continues = config.continues
+        _require(
+            continues is None or is_job_id(continues), where, "continues", continues, "null or FLARE's id of a job"
+        )
         # Its epsilon is that of a sum of updates, which rounding each of them is no function of.
         exact = config.privacy.mode != "distributed_client_dp" or dtype == "float32"
         _require(exact, where, "update_dtype", dtype, "float32 under distributed_client_dp")

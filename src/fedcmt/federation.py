@@ -17,6 +17,7 @@ from fedcmt.algorithms.base import Algorithm, Participant, State, Update
 from fedcmt.answers import CheckedChannel, read_introduction, read_participant, read_report, read_update
 from fedcmt.config import ServerConfig
 from fedcmt.evaluation.contribution import MOST_EXACT, add_round, summarise
+from fedcmt.fixed_settings import check_settings, fix_settings
 from fedcmt.influence import FEWEST_SITES, influence_factors, scale_updates
 from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Channel, Failure, Message, Task
@@ -120,12 +121,15 @@ class Federation:
         """Run the whole job and return its results: what the final table shows.
 
         Raises:
+          ConfigError: If it is to go on with other settings than it began with.
           FederationError: If a site cannot be prepared, or too few sites answer in a round.
         """
         started = time.monotonic()
         channel, sites = CheckedChannel(channel), sorted(sites)
         check_scoring(self._algorithm, self._config, sites)
         check_influence(self._algorithm, self._config, sites)
+        if self._resume:
+            check_settings(self._folder, self._config)
         stored = self._load_state() if self._resume else None
         self._privacy = ServerPrivacy(
             self._config.privacy,
@@ -178,7 +182,8 @@ class Federation:
 
     def _introduction(self, num_sites: int) -> Message:
         meta = {"job": self._job, "seed": self._config.seed, "planning": self._config.planning}
-        return Message({**meta, "privacy": self._config.privacy.to_dict(), "num_sites": num_sites})
+        meta |= {"privacy": self._config.privacy.to_dict(), "num_sites": num_sites}
+        return Message({**meta, "continues": self._config.continues})
 
     def _stop_early(self, round_idx: int, refusal: BudgetExceeded) -> str:
         """End training before a round that the privacy budget does not allow, and keep what there is.
@@ -195,6 +200,8 @@ class Federation:
         """Plans of every site; those of a run that is resumed stay, whoever has joined or left."""
         path = self._folder / "plans.json"
         plans = self._planner.plan(fingerprints, read_state(path) if self._resume else {})
+        if not self._resume:
+            fix_settings(self._folder, self._config)
         write_state(path, plans)
         return plans
 

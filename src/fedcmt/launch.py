@@ -18,12 +18,13 @@ from typing import Any, Literal
 import torch
 
 from fedcmt.algorithms.fedmepd import FedMEPD
-from fedcmt.config import ConfigError, JobConfig, ServerConfig, build_algorithm
+from fedcmt.config import ConfigError, JobConfig, build_algorithm
 from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
 from fedcmt.data.split import dataset_names, make_cuts
 from fedcmt.federation import FederationError, check_scoring
 from fedcmt.file_lock import InUseError, exclusive
+from fedcmt.fixed_settings import check_settings
 from fedcmt.flare.poc import run_poc
 from fedcmt.flare.processes import EngineError, end_workspace
 from fedcmt.flare.simulator import run_simulator
@@ -44,7 +45,6 @@ from fedcmt.workspace import (
 
 _NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 _RUN_OUTPUTS = ("flare", "server", "sites", "tensorboard", "logs", "job", "results.json", "nnUNet_results")
-_OF_NEWCOMERS = ("samples_per_case", "min_cases")
 _LEAST_FREE_BYTES = 500 * 2**20
 
 
@@ -99,8 +99,10 @@ def launch(run: Run) -> dict[str, Any]:
         staged = _stage(run)
         job = JobConfig.from_folder(staged)
         _check_before_anything_runs(job)
+        if job.server.continues is not None:
+            raise LaunchError("server.continues is for a provisioned network; --resume goes on with a run of this kind")
         if run.resume:
-            _check_unchanged(JobConfig.from_folder(run.workspace / "job").server, job.server)
+            check_settings(run.workspace / "server", job.server)
         source_raw = Path(os.environ["nnUNet_raw"]).absolute() if os.environ.get("nnUNet_raw") else None
         with environment(_environment(run, job)):
             _see_to_data(run, job, source_raw)
@@ -207,22 +209,6 @@ def _check_before_anything_runs(job: JobConfig) -> None:
         raise ConfigError(
             f"job {job.name!r}: planning.network is FedMEPDNet, whose features are calibrated by anchors, and "
             f"{type(algorithm).__name__} brings none. Set planning.network_options.calibrated to false"
-        )
-
-
-def _check_unchanged(before: ServerConfig, now: ServerConfig) -> None:
-    """Refuse to resume with another architecture, seed or schedule; how newcomers are described may change."""
-
-    def fixed(server: ServerConfig) -> dict[str, Any]:
-        planning = {f"planning.{key}": v for key, v in server.planning.items() if key not in _OF_NEWCOMERS}
-        privacy = {f"privacy.{key}": v for key, v in server.privacy.to_dict().items()}
-        return {**planning, **privacy, "seed": server.seed, "schedule_rounds": server.schedule_rounds}
-
-    old, new = fixed(before), fixed(now)
-    if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
-        raise LaunchError(
-            f"--resume: server.{changed[0]} is {old.get(changed[0])!r} since this run began and cannot become "
-            f"{new.get(changed[0])!r}; leave it out, or start a new run in another --workspace"
         )
 
 

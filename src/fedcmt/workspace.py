@@ -7,6 +7,7 @@ say otherwise, nnU-Net's folders. The launcher names the folder to its child pro
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,26 @@ SOURCES = Path(__file__).resolve().parents[1]
 """The folder that holds this package."""
 
 
-def workspace_folder(flare_root: str, job_id: str) -> Path:
-    """The run's folder: the launcher's, or, in a network without a launcher, one below FLARE's root for this job."""
+def workspace_folder(flare_root: str, job_id: str, continues: str | None = None) -> Path:
+    """The run's folder: the launcher's, or, in a network without a launcher, one below FLARE's root for the federation.
+
+    Args:
+      flare_root: Folder of the startup kit.
+      job_id: FLARE's id of the job that runs.
+      continues: FLARE's id of the job that began the federation, where that is another one.
+
+    Raises:
+      ValueError: If ``continues`` is no id.
+    """
+    if continues is not None and not is_job_id(continues):
+        raise ValueError(f"continues is {continues!r}, expected the id that FLARE gave to a job")
     named = os.environ.get(WORKSPACE_VARIABLE)
-    return Path(named) if named else Path(flare_root) / "fedcmt" / job_id
+    return Path(named) if named else Path(flare_root) / "fedcmt" / (continues or job_id)
+
+
+def is_job_id(value: object) -> bool:
+    """Whether it is of the form of FLARE's ids, UUIDs, and so names a folder beside others and nothing else."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", value) is not None
 
 
 def is_resuming() -> bool:

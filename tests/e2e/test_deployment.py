@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedcmt.params import load_tensors
 from tests.e2e.conftest import REPOSITORY, environment
 
 CHECKED_OUT = ("src", "jobs", "deploy", "start_fl.sh", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
@@ -106,10 +107,12 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
             process.send_signal(signal.SIGKILL)
 
 
-def results(network: Network) -> tuple[str, dict]:
-    """The job's id and its results."""
-    (file,) = network.root.glob("workspace/network/results/*/workspace/results.json")
-    return file.parents[1].name, json.loads(file.read_text())
+def results(network: Network, rounds: int = 2) -> tuple[str, dict]:
+    """Id and results of the job with so many rounds: two at first, and three for the one that went on."""
+    files = network.root.glob("workspace/network/results/*/workspace/results.json")
+    found = [(file.parents[1].name, json.loads(file.read_text())) for file in files]
+    (result,) = [(job, content) for job, content in found if content["rounds"] == rounds]
+    return result
 
 
 def test_the_job_completes_and_its_results_are_downloaded(network: Network) -> None:
@@ -130,7 +133,30 @@ def test_each_site_has_its_list_of_what_left(network: Network) -> None:
     job, _ = results(network)
     for site in ("client1", "client2"):
         lines = (network.kits / site / "fedcmt" / job / "sites" / site / "egress.jsonl").read_text().splitlines()
-        assert [json.loads(line)["task"] for line in lines].count("train") == 2
+        assert [json.loads(line)["task"] for line in lines].count("train") == 3
+
+
+def test_the_job_that_went_on_trained_the_one_round_that_was_left(network: Network) -> None:
+    first, _ = results(network)
+    second, content = results(network, rounds=3)
+    assert first != second
+    assert {site: told["asked"] for site, told in content["participation"].items()} == {"client1": 3, "client2": 3}
+    state, meta = load_tensors(network.kits / "localhost" / "fedcmt" / first / "server" / "state.safetensors")
+    assert meta["round"] == 2
+    assert state
+    assert not list(network.kits.glob(f"*/fedcmt/{second}/**/*.safetensors"))
+
+
+def test_a_job_that_goes_on_with_other_settings_is_refused(network: Network) -> None:
+    first, _ = results(network)
+    other = 'cp -r workspace/job workspace/other && sed -i \'s/"seed": [0-9]*/"seed": 77/\' '
+    other += "workspace/other/server/config/config_fed_server.json && bash deploy/submit.sh workspace/other"
+    job = network.run(other).stdout.strip()
+    assert network.run(f"bash deploy/download.sh {job}").returncode != 0
+    log = (network.root / f"workspace/network/results/{job}/workspace/log.txt").read_text()
+    assert "server.seed is 0 since this federation began and cannot become 77" in log
+    state = load_tensors(network.kits / "localhost" / "fedcmt" / first / "server" / "state.safetensors")
+    assert state[1]["round"] == 2
 
 
 def test_the_wheel_is_what_ran(network: Network) -> None:

@@ -10,12 +10,14 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
+from fedcmt.file_lock import exclusive
 from fedcmt.flare.codec import decode_answer, encode
 from fedcmt.flare.site import SiteExecutor
 from fedcmt.messages import Failure, Message
 from fedcmt.workspace import THREADS_VARIABLE, WORKSPACE_VARIABLE
 
 FLOOR = {"modes": ["instance_dp"], "max_epsilon": 8}
+FIRST_JOB = "0f1e2d3c-0000-4000-8000-000000000001"
 TERMS = {"mode": "instance_dp", "noise_multiplier": 1.0, "max_epsilon": 8, "expected_batch": 4}
 
 
@@ -48,9 +50,10 @@ def context(root: Path, local: dict | None) -> MagicMock:
     return found
 
 
-def asked(found: MagicMock, privacy: dict, caplog: pytest.LogCaptureFixture) -> str:
+def asked(found: MagicMock, privacy: dict, caplog: pytest.LogCaptureFixture, continues: str | None = None) -> str:
     """What the site logs when the server asks it to describe its data, which it cannot: there are none."""
-    request = Message({"privacy": privacy, "planning": {}, "job": "tiny", "seed": 0, "num_sites": 2})
+    introduction = {"planning": {}, "job": "tiny", "seed": 0, "num_sites": 2, "continues": continues}
+    request = Message({**introduction, "privacy": privacy})
     executor = SiteExecutor()
     reply: Shareable = executor.execute("fingerprint", encode(request, update=False), found, Signal())
     executor.handle_event(EventType.END_RUN, found)
@@ -96,3 +99,32 @@ def test_settings_that_cannot_be_read_stop_the_site_and_are_named_in_its_log(
     told = asked(context(tmp_path, {"privacy_flor": FLOOR}), TERMS, caplog)
     assert told.startswith("TypeError in task 'fingerprint'")
     assert "fedcmt_site.json: unknown keys ['privacy_flor']" in told
+
+
+def test_a_job_that_goes_on_with_another_uses_what_that_one_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = context(tmp_path, None)
+    asked(found, {"mode": "none"}, caplog)
+    asked(found, {"mode": "none"}, caplog, continues=FIRST_JOB)
+    folders = {path.name for path in (tmp_path / "fedcmt").iterdir()}
+    assert folders == {"j1", FIRST_JOB}
+
+
+@pytest.mark.parametrize("continues", ["../../other", "/tmp", "", FIRST_JOB + "/..", 7])
+def test_what_is_no_id_of_a_job_names_no_folder(
+    continues: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = asked(context(tmp_path, None), {"mode": "none"}, caplog, continues)  # type: ignore[arg-type]
+    assert told.startswith("ValueError in task 'fingerprint'")
+    assert f"continues is {continues!r}, expected the id that FLARE gave to a job" in told
+    assert not (tmp_path / "fedcmt").exists()
+
+
+def test_state_that_another_job_still_uses_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "fedcmt" / FIRST_JOB / "sites" / "north"
+    folder.mkdir(parents=True)
+    with exclusive(folder / ".lock"):
+        told = asked(context(tmp_path, None), {"mode": "none"}, caplog, continues=FIRST_JOB)
+    assert told.startswith("InUseError in task 'fingerprint'")
+    assert f"{folder} is in use by another process" in told

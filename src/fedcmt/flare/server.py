@@ -21,6 +21,7 @@ from nvflare.security.logging import secure_format_exception
 from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import ServerConfig
 from fedcmt.federation import Federation, FederationError
+from fedcmt.file_lock import InUseError, exclusive
 from fedcmt.flare.codec import decode_answer, encode, register_tensors
 from fedcmt.json_file import write_json
 from fedcmt.logs import log_for_launcher
@@ -47,6 +48,7 @@ class FederatedRounds(Controller):
       cross_site: Whether to score each site's model at every other site in the last round.
       privacy: Keys of `fedcmt.privacy.terms.PrivacyTerms`.
       update_dtype: Numbers of sites' updates on the wire: float32, float16 or int8.
+      continues: In a provisioned network, FLARE's id of the job that began the federation this one goes on with.
       aggregator_id: Id of the FLARE component that is the algorithm.
     """
 
@@ -64,6 +66,7 @@ class FederatedRounds(Controller):
         cross_site: bool = False,
         privacy: dict | None = None,
         update_dtype: str = "float32",
+        continues: str | None = None,
         aggregator_id: str = "aggregator",
     ) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class FederatedRounds(Controller):
         args |= {"round_timeout": round_timeout, "setup_timeout": setup_timeout}
         args |= {"max_norm_ratio": max_norm_ratio}
         args |= {"schedule_rounds": schedule_rounds, "contribution": contribution or {}, "cross_site": cross_site}
-        args |= {"privacy": privacy or {}, "update_dtype": update_dtype}
+        args |= {"privacy": privacy or {}, "update_dtype": update_dtype, "continues": continues}
         self._config = ServerConfig.from_dict(args, "server workflow")
         self._aggregator_id = aggregator_id
         self._algorithm: Algorithm | None = None
@@ -90,22 +93,25 @@ class FederatedRounds(Controller):
         """Run the job; a federation that cannot go on ends it with the reason."""
         if self._algorithm is None:
             return
-        folder = workspace_folder(fl_ctx.get_engine().get_workspace().get_root_dir(), fl_ctx.get_job_id())
+        continues = self._config.continues
+        root = fl_ctx.get_engine().get_workspace().get_root_dir()
+        folder = workspace_folder(root, fl_ctx.get_job_id(), continues)
         federation = Federation(
             self._algorithm,
             FederatedPlanner(self._config.planning, self._config.seed),
             self._config,
             job=_job_name(fl_ctx),
             folder=folder / "server",
-            resume=is_resuming(),
+            resume=is_resuming() or continues is not None,
             on_round=lambda round_idx, curves: self._report(round_idx, curves, fl_ctx),
         )
         channel = _FlareChannel(self, fl_ctx, abort_signal, self._config)
+        (folder / "server").mkdir(parents=True, exist_ok=True)
         try:
-            results = federation.run(channel, [c.name for c in fl_ctx.get_engine().get_clients()])
-        except (FederationError, ValueError, OSError) as error:
+            with exclusive(folder / "server" / ".lock"):
+                results = federation.run(channel, [c.name for c in fl_ctx.get_engine().get_clients()])
+        except (FederationError, InUseError, ValueError, OSError) as error:
             self.log_error(fl_ctx, secure_format_exception(error))
-            (folder / "server").mkdir(parents=True, exist_ok=True)
             (folder / "server" / "failure.txt").write_text(str(error))
             self.system_panic(str(error), fl_ctx)
             return

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from nvflare.apis.analytix import AnalyticsDataType
@@ -14,11 +15,12 @@ from nvflare.apis.signal import Signal
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic_dxo
 
 from fedcmt.config import SiteConfig, component
+from fedcmt.file_lock import exclusive
 from fedcmt.flare.codec import decode, encode, encode_failure, register_tensors
 from fedcmt.json_file import read_json
 from fedcmt.local_settings import LOCAL_FILE, LocalSettings
 from fedcmt.logs import log_for_launcher
-from fedcmt.messages import Failure, Task, failure_of
+from fedcmt.messages import Failure, Message, Task, failure_of
 from fedcmt.site_process import SiteProcess
 from fedcmt.workspace import use_assigned_gpu, workspace_folder
 
@@ -41,6 +43,7 @@ class SiteExecutor(Executor):
         self._algorithm_id = algorithm_id
         self._site: SiteProcess | None = None
         self._settings = LocalSettings()
+        self._held = ExitStack()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Build the site when the job starts here; stop what it started when the job ends."""
@@ -48,8 +51,8 @@ class SiteExecutor(Executor):
             log_for_launcher(fl_ctx.get_identity_name())
             use_assigned_gpu(fl_ctx.get_identity_name())
             register_tensors()
-        elif event_type == EventType.END_RUN and self._site is not None:
-            self._site.close()
+        elif event_type == EventType.END_RUN:
+            self._held.close()
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         """Do one task; a failure goes back as its kind only, since messages may name a site's files."""
@@ -57,9 +60,9 @@ class SiteExecutor(Executor):
             return make_reply(ReturnCode.TASK_UNKNOWN)
         gc.collect()  # FLARE's senders of the last task are cycles with large buffers
         try:
-            if self._site is None:
-                self._site = self._build(fl_ctx)
             message = decode(shareable)
+            if self._site is None:
+                self._site = self._build(message, fl_ctx)
             if task_name == Task.FINGERPRINT:  # the first task, before any data are read
                 self._settings.check_privacy(message.meta["privacy"])
             answer = self._site.handle(Task(task_name), message, stop=lambda: abort_signal.triggered)
@@ -69,7 +72,7 @@ class SiteExecutor(Executor):
             self.log_exception(fl_ctx, f"task {task_name} failed")
             return encode_failure(failure_of(Task(task_name), error))
 
-    def _build(self, fl_ctx: FLContext) -> SiteProcess:
+    def _build(self, message: Message, fl_ctx: FLContext) -> SiteProcess:
         name, workspace = fl_ctx.get_identity_name(), fl_ctx.get_engine().get_workspace()
         self._settings = LocalSettings.from_file(Path(workspace.get_site_config_dir()) / LOCAL_FILE)
         self._settings.apply_to_environment()
@@ -77,10 +80,15 @@ class SiteExecutor(Executor):
         site_json, client_json = app / "site.json", app / "config_fed_client.json"
         algorithm = component(read_json(client_json), self._algorithm_id, client_json)
         config = SiteConfig.from_dict(self._settings.over(read_json(site_json)), str(site_json))
-        folder = workspace_folder(workspace.get_root_dir(), fl_ctx.get_job_id()) / "sites" / name
+        continues = message.meta["continues"]  # the first task is to describe the data, which says so
+        folder = workspace_folder(workspace.get_root_dir(), fl_ctx.get_job_id(), continues) / "sites" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(exclusive(folder / ".lock"))
 
         def report(tag: str, value: float, step: int) -> None:
             dxo = create_analytic_dxo(tag, value, AnalyticsDataType.SCALAR, global_step=step)
             send_analytic_dxo(self, dxo, fl_ctx)
 
-        return SiteProcess(name, config, algorithm, folder, report)
+        site = SiteProcess(name, config, algorithm, folder, report)
+        self._held.callback(site.close)
+        return site

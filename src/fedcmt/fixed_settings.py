@@ -1,0 +1,43 @@
+"""What a federation keeps from its first start on, whatever the jobs that go on with it say."""
+
+from pathlib import Path
+from typing import Any
+
+from fedcmt.config import ConfigError, ServerConfig
+from fedcmt.json_file import read_state, write_state
+
+_FILE = "settings.json"
+_SCHEDULE = "schedule_rounds"
+_OF_NEWCOMERS = ("samples_per_case", "min_cases")
+"""Planning options that only say how a site describes its data."""
+
+
+def fix_settings(folder: Path, config: ServerConfig) -> None:
+    """Keep the settings of a federation that begins, in the server's folder."""
+    write_state(folder / _FILE, {**_fixed(config), _SCHEDULE: config.schedule_rounds or config.num_rounds})
+
+
+def check_settings(folder: Path, config: ServerConfig) -> None:
+    """Refuse to go on with another architecture, privacy, seed or schedule.
+
+    Raises:
+      ConfigError: If there is nothing to go on with, or naming the setting, its value since the first start and the
+        one that came.
+      JsonFileError: If the settings in ``folder`` are damaged.
+    """
+    if not (folder / _FILE).exists():
+        raise ConfigError(f"{folder} holds no federation that began: there is nothing to go on with")
+    old, new = read_state(folder / _FILE), _fixed(config)
+    new[_SCHEDULE] = config.schedule_rounds or old[_SCHEDULE]
+    if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
+        key = changed[0]
+        raise ConfigError(
+            f"server.{key} is {old.get(key)!r} since this federation began and cannot become {new.get(key)!r}; leave "
+            "it as it was, or begin a new federation"
+        )
+
+
+def _fixed(config: ServerConfig) -> dict[str, Any]:
+    planning = {f"planning.{key}": v for key, v in config.planning.items() if key not in _OF_NEWCOMERS}
+    privacy = {f"privacy.{key}": v for key, v in config.privacy.to_dict().items()}
+    return {**planning, **privacy, "seed": config.seed}
