@@ -38,11 +38,17 @@ SETTINGS = {
 OPTIONS = [*SGD, "--rounds", str(ROUNDS), "--local-steps", "2", "--threads", "1"]
 for key, value in SETTINGS.items():
     OPTIONS += ["--set", f"{key}={value}"]
-VICTIMS = {
-    "training": "fedcmt.site_process",  # the child that trains
-    "site": "nvflare.private.fed.app.simulator.simulator_worker",
-    "server": "nvflare.private.fed.app.simulator.simulator",
-}
+KILLS = (
+    ("simulator", "fedcmt.site_process"),  # the child that trains
+    ("simulator", "nvflare.private.fed.app.simulator.simulator_worker"),  # a site
+    ("simulator", "nvflare.private.fed.app.simulator.simulator"),  # the server
+    ("poc", "fedcmt.site_process"),
+    ("poc", "nvflare.private.fed.app.client.worker_process"),  # a site's process of the job
+    ("poc", "nvflare.private.fed.app.client.client_train"),  # a site
+    ("poc", "nvflare.private.fed.app.server.runner_process"),  # the server's process of the job
+    ("poc", "nvflare.private.fed.app.server.server_train"),  # the server
+)
+"""Engine, and the module that the process to be killed runs."""
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +87,13 @@ def victims(workspace: Path, module: str) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def killed(workspace: Path, variables: Mapping[str, str], seed: int) -> Finished:
+def killed(workspace: Path, variables: Mapping[str, str], seed: int, engine: str, module: str) -> Finished:
     """A run of which one process is killed some time after it has come to a round."""
     chance = random.Random(seed)
-    module = list(VICTIMS.values())[seed % len(VICTIMS)]
     moment, delay = f"round {chance.randint(1, ROUNDS - 1)}/{ROUNDS} aggregated", chance.uniform(0, 3)
     output, done = "", False
     with subprocess.Popen(
-        command(workspace, "brats_sdl", *OPTIONS),
+        command(workspace, "brats_sdl", *OPTIONS, "--engine", engine),
         env=environment(variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -111,10 +116,11 @@ def test_a_run_of_which_a_part_was_killed_ends_as_one_left_alone(
     seed: int, variables: Mapping[str, str], undisturbed: Path, tmp_path: Path
 ) -> None:
     workspace = tmp_path / "w"
-    run = killed(workspace, variables, seed)
+    engine, module = KILLS[seed % len(KILLS)]
+    run = killed(workspace, variables, seed, engine, module)
     if run.code != 0:
         assert "Traceback" not in run.output, run.output
-        run = launch(workspace, "brats_sdl", "--resume", "--threads", "1", extra=variables)
+        run = launch(workspace, "brats_sdl", "--resume", "--engine", engine, "--threads", "1", extra=variables)
     assert run.code == 0, run.output
     assert set(run.results["sites"]) == set(SITES)
     assert processes_of(str(workspace)) == []

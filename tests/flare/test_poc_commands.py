@@ -130,6 +130,16 @@ def test_an_interruption_while_following_ends_the_services(tmp_path: Path, monke
     assert not is_running(int((tmp_path / "pids").read_text()))
 
 
+def test_a_service_that_dies_while_its_job_is_followed_is_an_error_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = "sh -c 'sleep 60; :' -m nvflare.private.fed.app.client.client_train -m $kits/a -s fed_client.json"
+    script = FLARE.replace("setsid sleep 60", f"setsid {service}")
+    ran = Ran(tmp_path, monkeypatch, wait="kill -9 $(cat $PIDS); exec sleep 60", script=script)
+    assert str(ran.error) == "the process of 'a' ended while the job ran; --resume goes on with the run"
+    assert [is_running(pid) for pid in ran.services] == [False]
+
+
 def test_what_an_earlier_poc_left_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stale = tmp_path / "flare" / "result" / "stale"
     stale.mkdir(parents=True)

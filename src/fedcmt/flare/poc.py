@@ -12,10 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fedcmt.flare.processes import EngineError, check_folder, end_workspace, ending_on_signals
+import psutil
+
+from fedcmt.flare.processes import EngineError, check_folder, end_workspace, ending_on_signals, processes_of
 from fedcmt.json_file import write_json
 from fedcmt.logs import LAUNCHER_PREFIX
 from fedcmt.workspace import WORKSPACE_VARIABLE
@@ -26,6 +29,8 @@ _SERVER = "server"
 _READY_SECONDS = 180
 _COMMAND_SECONDS = 300
 _POLL_SECONDS = 0.5
+_SERVICES = ("nvflare.private.fed.app.server.server_train", "nvflare.private.fed.app.client.client_train")
+"""Modules that the server and each site run from start to end; each job has further processes."""
 _BUILDERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("nvflare.lighter.impl.workspace.WorkspaceBuilder", {"template_file": ["master_template.yml"]}),
     ("nvflare.lighter.impl.static_file.StaticFileBuilder", {"config_folder": "config", "scheme": "grpc"}),
@@ -68,8 +73,14 @@ def run_poc(
             port = poc.prepare(sites)
             on_line(f"{LAUNCHER_PREFIX}POC: starting a server on port {port} and {len(sites)} sites")
             consoles = _Consoles(poc.start(), file, on_line)
+            services = _Services(environment.get(WORKSPACE_VARIABLE))
+
+            def watch() -> None:
+                consoles.show()
+                services.check()
+
             try:
-                poc.run(job_folder, consoles.show)
+                poc.run(job_folder, watch)
             finally:
                 consoles.show()
         finally:
@@ -103,8 +114,8 @@ class _Poc:
         data = self._nvflare("poc", "start", "--timeout", str(_READY_SECONDS), timeout=_READY_SECONDS + 60)
         return {service: Path(path) for service, path in data["console_logs"].items()}
 
-    def run(self, job_folder: Path, show: Callable[[], None]) -> None:
-        """Submit the job, follow it to its end, and fetch what FLARE keeps of it."""
+    def run(self, job_folder: Path, watch: Callable[[], None]) -> None:
+        """Submit the job, follow it to its end, and fetch what FLARE keeps of it; ``watch`` may end it by raising."""
         job = str(self._nvflare("job", "submit", "-j", str(job_folder), *self._as_admin())["job_id"])
         command = _command("job", "wait", job, "--interval", "1", *self._as_admin())
         with subprocess.Popen(
@@ -113,7 +124,7 @@ class _Poc:
         ) as waiting:  # fmt: skip
             try:
                 while waiting.poll() is None:
-                    show()
+                    watch()
                     time.sleep(_POLL_SECONDS)
             finally:
                 waiting.kill()
@@ -146,6 +157,27 @@ class _Poc:
         if done.returncode != 0:
             raise EngineError(f"nvflare {words[0]} {words[1]} failed: {_reason(done.stdout + done.stderr)}")
         return _answer(done.stdout).get("data") or {}
+
+
+class _Services:
+    """The server's and the sites' own processes: one that dies is started again, but not back into the job.
+
+    FLARE then goes on listing the job as running, and whoever waits for it waits for ever.
+    """
+
+    def __init__(self, workspace: str | None) -> None:
+        self._found: dict[psutil.Process, str] = {}
+        for process in processes_of(workspace):
+            with suppress(psutil.NoSuchProcess):
+                words = process.cmdline()
+                if any(module in words for module in _SERVICES):
+                    self._found[process] = Path(words[words.index("-m", words.index("-m") + 1) + 1]).name
+
+    def check(self) -> None:
+        """Raise `EngineError` if one has ended."""
+        for process, name in self._found.items():
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise EngineError(f"the process of {name!r} ended while the job ran; --resume goes on with the run")
 
 
 class _Consoles:
