@@ -1,4 +1,4 @@
-"""Small real networks and a small job folder, for all tests."""
+"""Small real networks, a tiny data set and a small job folder, for all tests."""
 
 import json
 from collections.abc import Callable
@@ -8,6 +8,9 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
+
+from fedcmt.data.phantoms import make_brain_mr
+from tests.tiny import DATASET
 
 FIRST_CONVOLUTION = {"plain": "encoder.stages.0.0.convs.0.conv.weight", "residual": "encoder.stem.convs.0.conv.weight"}
 
@@ -72,3 +75,28 @@ def job_folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ``nnUNet_raw`` with the data set of `tests.tiny`; to be copied by a test that changes it."""
+    folder = tmp_path_factory.mktemp("tiny") / "raw"
+    make_brain_mr(
+        folder / DATASET,
+        num_train=5,
+        num_test=1,
+        seed=3,
+        style="site_a",
+        channels=("FLAIR", "T2"),
+        shape_vox=(24, 28, 20),
+    )
+    return folder
+
+
+@pytest.fixture
+def tiny_folders(tiny_raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's folders in the environment, as the launcher sets them; returns a folder for what a test keeps."""
+    monkeypatch.setenv("nnUNet_raw", str(tiny_raw))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tiny_raw.parent / "preprocessed"))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    return tmp_path

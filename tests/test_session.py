@@ -12,51 +12,30 @@ from torch import Tensor
 import fedcmt.session
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import OptimizerConfig, SiteConfig
-from fedcmt.data.phantoms import make_brain_mr
 from fedcmt.json_file import read_json
 from fedcmt.messages import Message, Task
-from fedcmt.nnunet.planner import FederatedPlanner
 from fedcmt.params import Params, load_tensors, save_tensors
 from fedcmt.session import RoundGoneError
 from fedcmt.site import Site
+from tests import tiny
+from tests.tiny import DATASET_ID, first_payload
 
-PLANNING = {
-    "mode": "architecture",
-    "base_features": 4,
-    "max_features": 8,
-    "max_stages": 2,
-    "max_patch_size": [16, 16, 24],
-    "batch_size": 1,
-    "extra_stem_convolution": True,
-}
+PLANNING = {**tiny.PLANNING, "max_stages": 2, "batch_size": 1}
 CONFIG = SiteConfig(
-    704, "MR", local_steps=1, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2, schedule="poly"), device="cpu"
+    DATASET_ID,
+    "MR",
+    local_steps=1,
+    val_batches=1,
+    optimizer=OptimizerConfig("AdamW", lr=1e-2, schedule="poly"),
+    device="cpu",
 )
 INSTANCE_DP = {"mode": "instance_dp", "noise_multiplier": 1.0, "expected_batch": 2, "delta": 1e-3, "noise": "seeded"}
 
 
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("session") / "raw"
-    make_brain_mr(
-        folder / "Dataset704_Tiny",
-        num_train=5,
-        num_test=0,
-        seed=3,
-        style="site_a",
-        channels=("FLAIR", "T2"),
-        shape_vox=(24, 28, 20),
-    )
-    return folder
-
-
 @pytest.fixture
-def site(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[..., Site], Params]:
+def site(tiny_folders: Path) -> tuple[Callable[..., Site], Params]:
     """Opens the site, anew or as after a kill, and the payload of every round."""
-    monkeypatch.setenv("nnUNet_raw", str(raw))
-    monkeypatch.setenv("nnUNet_preprocessed", str(raw.parent / "preprocessed"))
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    return prepared(tmp_path / "site")
+    return prepared(tiny_folders / "site")
 
 
 def prepared(
@@ -65,14 +44,8 @@ def prepared(
     def opened() -> Site:
         return Site("north", config, FedCMT(), folder)
 
-    made, planner = opened(), FederatedPlanner(PLANNING, seed=5)
-    introduction = {"job": "job", "seed": 5, "planning": PLANNING, "privacy": privacy or {}, "num_sites": 1}
-    answer = made.handle(Task.FINGERPRINT, Message(introduction))
-    plans = planner.plan({"north": answer.meta["fingerprint"]}, {})
-    rounds = {"num_rounds": 4, "schedule_rounds": 4, "resume": False}
-    ready = made.handle(Task.PREPARE, Message({"plans": plans["north"], **rounds}))
-    initial = planner.initial(plans, {"north": answer.meta["fingerprint"]}, {"north": "MR"}, FedCMT().scopes)
-    return opened, {name: initial[name] for name in ready.meta["wire_shapes"]}
+    payload = first_payload(opened(), FedCMT(), planning=PLANNING, privacy=privacy, num_sites=1, num_rounds=4)
+    return opened, payload
 
 
 def trained(site: Site, payload: Params, round_idx: int) -> Message:

@@ -13,7 +13,6 @@ from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.algorithms.fedavg import FedAvg
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import ContributionConfig, OptimizerConfig, ServerConfig, SiteConfig
-from fedcmt.data.phantoms import make_brain_mr
 from fedcmt.federation import Federation
 from fedcmt.inprocess import InProcessChannel
 from fedcmt.messages import Message, Task
@@ -22,43 +21,11 @@ from fedcmt.params import ParameterError, Params, load_tensors, norm
 from fedcmt.privacy.egress import PersonalTensorError
 from fedcmt.session import Aborted, DivergedError
 from fedcmt.site import Site
+from tests.tiny import DATASET, DATASET_ID, PLANNING, first_payload
 
-PLANNING = {
-    "mode": "architecture",
-    "base_features": 4,
-    "max_features": 8,
-    "max_stages": 3,
-    "max_patch_size": [16, 16, 24],
-    "batch_size": 2,
-    "extra_stem_convolution": True,
-}
 CONFIG = SiteConfig(
-    701, "MR", local_steps=2, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2), mirroring=False
+    DATASET_ID, "MR", local_steps=2, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2), mirroring=False
 )
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    make_brain_mr(
-        folder / "Dataset701_Tiny",
-        num_train=5,
-        num_test=1,
-        seed=3,
-        style="site_a",
-        channels=("FLAIR", "T2"),
-        shape_vox=(24, 28, 20),
-    )
-    return folder
-
-
-@pytest.fixture
-def folders(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """nnU-Net's folders in the environment, as the launcher sets them."""
-    monkeypatch.setenv("nnUNet_raw", str(raw))
-    monkeypatch.setenv("nnUNet_preprocessed", str(raw.parent / "preprocessed"))
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
-    return tmp_path
 
 
 def prepared(
@@ -72,23 +39,16 @@ def prepared(
 ) -> tuple[Site, Params]:
     """A site ready to train, and the payload of round 0."""
     site = Site(name, config, algorithm, folder)
-    planner = FederatedPlanner(PLANNING, seed=5)
-    introduction = {"job": "job", "seed": 5, "planning": PLANNING, "privacy": privacy or {}, "num_sites": 2}
-    answer = site.handle(Task.FINGERPRINT, Message(introduction))
-    fingerprints = {name: answer.meta["fingerprint"]}
-    plans = planner.plan(fingerprints, {})
     rounds = {"num_rounds": num_rounds, "schedule_rounds": schedule_rounds}
-    ready = site.handle(Task.PREPARE, Message({"plans": plans[name], **rounds, "resume": False}))
-    initial = planner.initial(plans, fingerprints, {name: answer.meta["modality"]}, algorithm.scopes)
-    return site, {key: initial[key] for key in ready.meta["wire_shapes"]}
+    return site, first_payload(site, algorithm, name=name, privacy=privacy, **rounds)
 
 
 def added(payload: Params, update: Params) -> Params:
     return {name: payload[name] + update[name] for name in payload}
 
 
-def test_an_update_holds_what_was_received_and_nothing_personal(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedCMT())
+def test_an_update_holds_what_was_received_and_nothing_personal(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT())
     answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     assert set(answer.tensors) == set(payload)
     assert not any(name.startswith("decoder.") for name in answer.tensors)
@@ -102,21 +62,21 @@ def test_an_update_holds_what_was_received_and_nothing_personal(folders: Path) -
     assert any(bool(tensor.abs().max() > 0) for tensor in answer.tensors.values())
 
 
-def test_received_plus_update_is_the_model_on_disk(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedAvg())
+def test_received_plus_update_is_the_model_on_disk(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedAvg())
     answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
-    last, _ = load_tensors(folders / "site" / "last.safetensors")
+    last, _ = load_tensors(tiny_folders / "site" / "last.safetensors")
     for name, tensor in added(payload, answer.tensors).items():
         torch.testing.assert_close(last[f"network/{name}"], tensor)
 
 
-def test_a_restarted_site_goes_on_to_the_bit(folders: Path) -> None:
-    steady, payload = prepared(folders / "steady", FedCMT())
+def test_a_restarted_site_goes_on_to_the_bit(tiny_folders: Path) -> None:
+    steady, payload = prepared(tiny_folders / "steady", FedCMT())
     first = steady.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     second = steady.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, added(payload, first.tensors)))
-    stopped, _ = prepared(folders / "stopped", FedCMT())
+    stopped, _ = prepared(tiny_folders / "stopped", FedCMT())
     again = stopped.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
-    restarted = Site("north", CONFIG, FedCMT(), folders / "stopped")
+    restarted = Site("north", CONFIG, FedCMT(), tiny_folders / "stopped")
     other = restarted.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, added(payload, again.tensors)))
     assert all(torch.equal(second.tensors[name], other.tensors[name]) for name in payload)
     assert second.meta["metrics"] == other.meta["metrics"]
@@ -136,10 +96,10 @@ class Clock(FedAvg):
         return loss
 
 
-def test_schedules_run_over_the_rounds_they_are_made_for(folders: Path) -> None:
+def test_schedules_run_over_the_rounds_they_are_made_for(tiny_folders: Path) -> None:
     poly = replace(CONFIG, optimizer=OptimizerConfig("AdamW", lr=1e-2, schedule="poly"))  # 2 steps a round
     clock, rates = Clock(), []
-    site, payload = prepared(folders / "site", clock, config=poly, num_rounds=4, schedule_rounds=2)
+    site, payload = prepared(tiny_folders / "site", clock, config=poly, num_rounds=4, schedule_rounds=2)
     site._report = lambda tag, value, _: rates.append(value) if tag == "learning_rate" else None
     for round_idx in range(3):
         site.handle(Task.TRAIN, Message({"round": round_idx, "frozen": []}, payload))
@@ -147,19 +107,19 @@ def test_schedules_run_over_the_rounds_they_are_made_for(folders: Path) -> None:
     assert clock.seen == {(0, 2), (1, 2), (2, 2)}
 
 
-def test_sites_in_one_process_do_not_disturb_each_other(folders: Path) -> None:
-    alone, payload = prepared(folders / "alone", FedAvg())
+def test_sites_in_one_process_do_not_disturb_each_other(tiny_folders: Path) -> None:
+    alone, payload = prepared(tiny_folders / "alone", FedAvg())
     expected = alone.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
-    site, _ = prepared(folders / "site", FedAvg())
-    neighbour, _ = prepared(folders / "neighbour", FedAvg(), name="south")
+    site, _ = prepared(tiny_folders / "site", FedAvg())
+    neighbour, _ = prepared(tiny_folders / "neighbour", FedAvg(), name="south")
     neighbour.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     torch.rand(7)
     answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     assert all(torch.equal(expected.tensors[name], answer.tensors[name]) for name in payload)
 
 
-def test_a_payload_that_does_not_fit_changes_nothing(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedAvg())
+def test_a_payload_that_does_not_fit_changes_nothing(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedAvg())
     name = next(iter(payload))
     wrong = [
         {k: v for k, v in payload.items() if k != name},
@@ -169,46 +129,46 @@ def test_a_payload_that_does_not_fit_changes_nothing(folders: Path) -> None:
     for tensors in wrong:
         with pytest.raises(ParameterError):
             site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, tensors))
-    _, meta = load_tensors(folders / "site" / "last.safetensors")
+    _, meta = load_tensors(tiny_folders / "site" / "last.safetensors")
     assert meta["round"] == -1
 
 
-def test_a_personal_tensor_in_an_answer_is_refused(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    site, payload = prepared(folders / "site", FedCMT())
-    rows = (folders / "site" / "egress.jsonl").read_text()
+def test_a_personal_tensor_in_an_answer_is_refused(tiny_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT())
+    rows = (tiny_folders / "site" / "egress.jsonl").read_text()
     leak = {"decoder.seg_layers.0.weight": torch.ones(1)}
     monkeypatch.setattr(FedCMT, "local_extras", lambda self, network: leak)
     with pytest.raises(PersonalTensorError, match=r"decoder\.seg_layers\.0\.weight"):
         site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
-    assert (folders / "site" / "egress.jsonl").read_text() == rows
+    assert (tiny_folders / "site" / "egress.jsonl").read_text() == rows
 
 
-def test_a_diverged_round_is_an_error_and_leaves_the_model_of_the_round_before(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedCMT())
+def test_a_diverged_round_is_an_error_and_leaves_the_model_of_the_round_before(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT())
     site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
-    before = (folders / "site" / "last.safetensors").read_bytes()
+    before = (tiny_folders / "site" / "last.safetensors").read_bytes()
     poisoned = {name: torch.full_like(tensor, float("nan")) for name, tensor in payload.items()}
     with pytest.raises(DivergedError, match=r"round 2 is not finite"):
         site.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, poisoned))
-    assert (folders / "site" / "last.safetensors").read_bytes() == before
+    assert (tiny_folders / "site" / "last.safetensors").read_bytes() == before
     answer = site.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, payload))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in answer.tensors.values())
 
 
-def test_an_abort_stops_between_steps(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedAvg())
+def test_an_abort_stops_between_steps(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedAvg())
     with pytest.raises(Aborted, match="round 1 at step 1"):
         site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload), stop=lambda: True)
 
 
-def test_the_exported_folder_holds_the_last_model_in_every_alias(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedCMT())
+def test_the_exported_folder_holds_the_last_model_in_every_alias(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT())
     site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     report = site.handle(Task.FINISH, Message({})).meta["report"]
     weights = torch.load(
-        folders / "results" / report["model_folder"] / "fold_all" / "checkpoint_final.pth", weights_only=True
+        tiny_folders / "results" / report["model_folder"] / "fold_all" / "checkpoint_final.pth", weights_only=True
     )["network_weights"]
-    last, _ = load_tensors(folders / "site" / "last.safetensors")
+    last, _ = load_tensors(tiny_folders / "site" / "last.safetensors")
     for name in (n.removeprefix("network/") for n in last if n.startswith("network/encoder.")):
         assert torch.equal(weights[name], last[f"network/{name}"])
         assert torch.equal(weights[f"decoder.{name}"], last[f"network/{name}"])
@@ -218,46 +178,46 @@ def test_the_exported_folder_holds_the_last_model_in_every_alias(folders: Path) 
 
 
 def test_an_empty_folder_of_test_images_is_none(
-    raw: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_raw: Path, tiny_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = shutil.copytree(raw, tmp_path / "own_raw")
+    own = shutil.copytree(tiny_raw, tmp_path / "own_raw")
     monkeypatch.setenv("nnUNet_raw", str(own))
     for kind in ("images", "labels"):
-        shutil.rmtree(own / "Dataset701_Tiny" / f"{kind}Ts")
-        (own / "Dataset701_Tiny" / f"{kind}Ts").mkdir()
-    site, payload = prepared(folders / "site", FedCMT())
+        shutil.rmtree(own / DATASET / f"{kind}Ts")
+        (own / DATASET / f"{kind}Ts").mkdir()
+    site, payload = prepared(tiny_folders / "site", FedCMT())
     site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     assert site.handle(Task.FINISH, Message({})).meta["report"]["test"] is None
 
 
 @pytest.mark.parametrize("score_common", [True, False])
 def test_cases_that_all_sites_share_are_scored_apart(
-    raw: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score_common: bool
+    tiny_raw: Path, tiny_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score_common: bool
 ) -> None:
-    own = shutil.copytree(raw, tmp_path / "own_raw")
+    own = shutil.copytree(tiny_raw, tmp_path / "own_raw")
     monkeypatch.setenv("nnUNet_raw", str(own))
-    dataset = own / "Dataset701_Tiny"
+    dataset = own / DATASET
     for kind in ("images", "labels"):
         shutil.copytree(dataset / f"{kind}Ts", dataset / f"{kind}Common")
-    site, payload = prepared(folders / "site", FedCMT(), config=replace(CONFIG, score_common=score_common))
+    site, payload = prepared(tiny_folders / "site", FedCMT(), config=replace(CONFIG, score_common=score_common))
     site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     report = site.handle(Task.FINISH, Message({})).meta["report"]
     assert report.get("common") == (report["test"] if score_common else None)
-    predictions = folders / "results" / report["model_folder"] / "predictions"
+    predictions = tiny_folders / "results" / report["model_folder"] / "predictions"
     assert sorted(p.name for p in predictions.iterdir()) == ["imagesCommon"] * score_common + ["imagesTr", "imagesTs"]
 
 
-def test_what_is_frozen_stays_as_received_and_is_not_sent(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedCMT())
+def test_what_is_frozen_stays_as_received_and_is_not_sent(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT())
     frozen = sorted(name for name in payload if "@" not in name)
     answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": frozen}, payload))
     assert set(answer.tensors) == {name for name in payload if "@" in name}
-    last, _ = load_tensors(folders / "site" / "last.safetensors")
+    last, _ = load_tensors(tiny_folders / "site" / "last.safetensors")
     assert all(torch.equal(last[f"network/{name}"], payload[name]) for name in frozen)
     assert any(bool(tensor.abs().max() > 0) for tensor in answer.tensors.values())
 
 
-def test_the_first_step_of_a_round_distils_nothing_and_the_next_ones_do(folders: Path) -> None:
+def test_the_first_step_of_a_round_distils_nothing_and_the_next_ones_do(tiny_folders: Path) -> None:
     terms: list[float] = []
 
     class Spy(FedCMT):
@@ -266,7 +226,7 @@ def test_the_first_step_of_a_round_distils_nothing_and_the_next_ones_do(folders:
             terms.append(float((total - loss).detach()))
             return total
 
-    site, payload = prepared(folders / "site", Spy())
+    site, payload = prepared(tiny_folders / "site", Spy())
     for round_idx in (0, 1):
         site.handle(Task.TRAIN, Message({"round": round_idx, "frozen": []}, payload))
     assert terms[:2] == [0, 0]  # no distillation in round 0
@@ -283,48 +243,48 @@ def evaluated(site: Site, payload: Params, round_idx: int = 0) -> Message:
 
 
 @pytest.mark.parametrize("algorithm", [FedAvg, FedCMT])
-def test_scoring_a_model_leaves_the_site_as_it_was_to_the_bit(algorithm: type[Algorithm], folders: Path) -> None:
-    asked, payload = prepared(folders / "asked", algorithm())
-    spared, _ = prepared(folders / "spared", algorithm())
+def test_scoring_a_model_leaves_the_site_as_it_was_to_the_bit(algorithm: type[Algorithm], tiny_folders: Path) -> None:
+    asked, payload = prepared(tiny_folders / "asked", algorithm())
+    spared, _ = prepared(tiny_folders / "spared", algorithm())
     for site in (asked, spared):
         site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
-    before, random_before = state_on_disk(folders / "asked"), torch.get_rng_state()
+    before, random_before = state_on_disk(tiny_folders / "asked"), torch.get_rng_state()
     other = {name: tensor + 0.1 for name, tensor in payload.items()}
     evaluated(asked, other)
     evaluated(asked, payload)
-    assert state_on_disk(folders / "asked") == before
+    assert state_on_disk(tiny_folders / "asked") == before
     assert torch.equal(torch.get_rng_state(), random_before)
     answers = [site.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, payload)) for site in (asked, spared)]
     assert all(torch.equal(answers[0].tensors[name], answers[1].tensors[name]) for name in payload)
     assert answers[0].meta["metrics"] == answers[1].meta["metrics"]
-    left, right = (load_tensors(folders / name / "last.safetensors") for name in ("asked", "spared"))
+    left, right = (load_tensors(tiny_folders / name / "last.safetensors") for name in ("asked", "spared"))
     # Network, optimiser and random state.
     assert all(torch.equal(left[0][name], tensor) for name, tensor in right[0].items())
     assert left[1] == right[1]
 
 
-def test_scoring_leaves_the_model_that_the_site_ends_with(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedCMT())
+def test_scoring_leaves_the_model_that_the_site_ends_with(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT())
     site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     evaluated(site, {name: tensor + 0.5 for name, tensor in payload.items()})
     report = site.handle(Task.FINISH, Message({})).meta["report"]
-    file = folders / "results" / report["model_folder"] / "fold_all" / "checkpoint_final.pth"
+    file = tiny_folders / "results" / report["model_folder"] / "fold_all" / "checkpoint_final.pth"
     weights = torch.load(file, weights_only=True)["network_weights"]
-    last, _ = load_tensors(folders / "site" / "last.safetensors")
+    last, _ = load_tensors(tiny_folders / "site" / "last.safetensors")
     exported = {n: t for n, t in last.items() if n.startswith("network/encoder.")}
     assert all(torch.equal(weights[name.removeprefix("network/")], tensor) for name, tensor in exported.items())
 
 
-def test_a_score_is_the_one_that_training_gives_the_received_model(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedAvg())
+def test_a_score_is_the_one_that_training_gives_the_received_model(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedAvg())
     trained = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     assert evaluated(site, payload).meta["score"] == trained.meta["metrics"]["val_dice_received"]
     aggregate = added(payload, trained.tensors)
     assert evaluated(site, aggregate).meta["score"] == trained.meta["metrics"]["val_dice_trained"]
 
 
-def test_an_evaluated_model_that_does_not_fit_is_refused_and_changes_nothing(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedCMT())
+def test_an_evaluated_model_that_does_not_fit_is_refused_and_changes_nothing(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT())
     trained = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     before = evaluated(site, payload)
     name = next(iter(payload))
@@ -335,35 +295,37 @@ def test_an_evaluated_model_that_does_not_fit_is_refused_and_changes_nothing(fol
     assert set(trained.tensors) == set(payload)
 
 
-def test_scoring_sends_no_tensor_and_is_in_the_ledger(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedCMT())
+def test_scoring_sends_no_tensor_and_is_in_the_ledger(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT())
     site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     answer = evaluated(site, payload, round_idx=4)
     assert answer.tensors == answer.extras == {}
-    row = json.loads((folders / "site" / "egress.jsonl").read_text().splitlines()[-1])
+    row = json.loads((tiny_folders / "site" / "egress.jsonl").read_text().splitlines()[-1])
     assert (row["task"], row["round"], row["tensors"], row["tensor_bytes"]) == ("evaluate", 4, {}, 0)
     assert row["meta_keys"] == ["outputs", "round", "score", "site", "task"]
 
 
-def test_a_site_says_what_its_outputs_mean_only_if_their_layers_travel(folders: Path) -> None:
-    whole, whole_payload = prepared(folders / "whole", FedAvg())
-    own, own_payload = prepared(folders / "own", FedCMT())
+def test_a_site_says_what_its_outputs_mean_only_if_their_layers_travel(tiny_folders: Path) -> None:
+    whole, whole_payload = prepared(tiny_folders / "whole", FedAvg())
+    own, own_payload = prepared(tiny_folders / "own", FedCMT())
     outputs = evaluated(whole, whole_payload).meta["outputs"]
     assert outputs["task"] == "segmentation"
     assert "background" in outputs["labels"]
     assert evaluated(own, own_payload).meta["outputs"] is None
 
 
-def test_scoring_each_other_s_models_lets_nothing_personal_leave(folders: Path) -> None:
-    sites = {name: Site(name, CONFIG, FedCMT(), folders / name) for name in ("north", "south")}
+def test_scoring_each_other_s_models_lets_nothing_personal_leave(tiny_folders: Path) -> None:
+    sites = {name: Site(name, CONFIG, FedCMT(), tiny_folders / name) for name in ("north", "south")}
     config = ServerConfig(1, planning=PLANNING, contribution=ContributionConfig(tier=2), cross_site=True)
-    federation = Federation(FedCMT(), FederatedPlanner(PLANNING, seed=5), config, job="job", folder=folders / "server")
+    federation = Federation(
+        FedCMT(), FederatedPlanner(PLANNING, seed=5), config, job="job", folder=tiny_folders / "server"
+    )
     results = federation.run(InProcessChannel(sites), list(sites))
     assert {of: sorted(row) for of, row in results["cross_site"].items()} == dict.fromkeys(sites, sorted(sites))
     assert all(score is not None for row in results["cross_site"].values() for score in row.values())
     assert results["cross_site_heads"] == dict.fromkeys(sites, "own")
     for name in sites:
-        rows = [json.loads(line) for line in (folders / name / "egress.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (tiny_folders / name / "egress.jsonl").read_text().splitlines()]
         tasks = [row["task"] for row in rows]
         # Four coalitions, then its own model and the other's.
         assert tasks == ["fingerprint", "prepare", "train", *["evaluate"] * 6, "finish"]
@@ -371,9 +333,9 @@ def test_scoring_each_other_s_models_lets_nothing_personal_leave(folders: Path) 
         assert not any(row["tensors"] for row in rows if row["task"] == "evaluate")
 
 
-def test_a_site_that_is_covered_sends_a_clipped_update_and_no_metrics(folders: Path) -> None:
+def test_a_site_that_is_covered_sends_a_clipped_update_and_no_metrics(tiny_folders: Path) -> None:
     privacy = {"mode": "central_client_dp", "clip": 0.01, "noise_multiplier": 1.0}
-    site, payload = prepared(folders / "site", FedAvg(), privacy=privacy)
+    site, payload = prepared(tiny_folders / "site", FedAvg(), privacy=privacy)
     told: list[str] = []
     site._report = lambda tag, value, step: told.append(tag)
     answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
@@ -382,18 +344,18 @@ def test_a_site_that_is_covered_sends_a_clipped_update_and_no_metrics(folders: P
     assert told == ["learning_rate"]
 
 
-def test_under_the_published_noise_no_step_leaves_the_ball(folders: Path) -> None:
+def test_under_the_published_noise_no_step_leaves_the_ball(tiny_folders: Path) -> None:
     terms = {"mode": "compat_noise", "clip": 0.02, "sigma": 0.0}
-    site, payload = prepared(folders / "site", FedAvg(), privacy=terms)
+    site, payload = prepared(tiny_folders / "site", FedAvg(), privacy=terms)
     answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
     assert 0 < norm(answer.tensors) <= 0.02 * (1 + 1e-5)
     assert "loss" in answer.meta["metrics"]
 
 
-def test_a_site_forgets_its_optimizers_state_where_it_is_told_to(folders: Path) -> None:
-    kept, payload = prepared(folders / "kept", FedAvg())
+def test_a_site_forgets_its_optimizers_state_where_it_is_told_to(tiny_folders: Path) -> None:
+    kept, payload = prepared(tiny_folders / "kept", FedAvg())
     reset = replace(CONFIG, optimizer=replace(CONFIG.optimizer, reset=True))
-    forgets, _ = prepared(folders / "forgets", FedAvg(), config=reset)
+    forgets, _ = prepared(tiny_folders / "forgets", FedAvg(), config=reset)
     updates = []
     for site in (kept, forgets):
         for round_idx in range(2):
@@ -404,15 +366,15 @@ def test_a_site_forgets_its_optimizers_state_where_it_is_told_to(folders: Path) 
     assert not all(torch.equal(second_kept[name], second_forgets[name]) for name in second_kept)
 
 
-def test_rows_that_do_not_travel_stay_the_site_s_own(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedAvg())
+def test_rows_that_do_not_travel_stay_the_site_s_own(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedAvg())
     site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
-    before, _ = load_tensors(folders / "site" / "last.safetensors")
+    before, _ = load_tensors(tiny_folders / "site" / "last.safetensors")
     name = next(name for name, tensor in payload.items() if tensor.dim() == 5 and len(tensor) > 2)
     rows = {name: [2, 0]}
     sent = {**payload, name: torch.full_like(payload[name][:2], 0.25)}
     answer = site.handle(Task.TRAIN, Message({"round": 1, "frozen": [], "rows": rows}, sent))
-    after, _ = load_tensors(folders / "site" / "last.safetensors")
+    after, _ = load_tensors(tiny_folders / "site" / "last.safetensors")
     own = [row for row in range(len(payload[name])) if row not in (0, 2)]
     trained = after[f"network/{name}"]
     assert answer.tensors[name].shape == sent[name].shape
@@ -421,8 +383,8 @@ def test_rows_that_do_not_travel_stay_the_site_s_own(folders: Path) -> None:
     assert 0 < float(moved.abs().max()) < 0.2  # trained on from its own values, not from others'
 
 
-def test_a_tensor_of_which_no_row_travels_is_neither_received_nor_sent(folders: Path) -> None:
-    site, payload = prepared(folders / "site", FedAvg())
+def test_a_tensor_of_which_no_row_travels_is_neither_received_nor_sent(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedAvg())
     name = next(name for name, tensor in payload.items() if tensor.dim() == 5)
     rest = {key: tensor for key, tensor in payload.items() if key != name}
     answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": [], "rows": {name: []}}, rest))

@@ -15,37 +15,21 @@ import torch
 
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import OptimizerConfig, SiteConfig
-from fedcmt.data.phantoms import make_brain_mr
 from fedcmt.messages import Failure, Message, Task
-from fedcmt.nnunet.planner import FederatedPlanner
 from fedcmt.params import Params
 from fedcmt.site import Site
 from fedcmt.site_process import SiteProcess
+from tests.tiny import DATASET_ID, first_payload
 
-PLANNING = {"mode": "architecture", "base_features": 4, "max_features": 8, "max_stages": 3, "batch_size": 2}
-PLANNING |= {"max_patch_size": [16, 16, 24], "extra_stem_convolution": True}
-CONFIG = SiteConfig(701, "MR", local_steps=2, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2))
+CONFIG = SiteConfig(DATASET_ID, "MR", local_steps=2, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2))
 ALGORITHM = {"path": "fedcmt.algorithms.fedcmt.FedCMT", "args": {}}
-ENDLESS = SiteConfig(701, "MR", local_steps=10**6, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2))
-
-
-@pytest.fixture(scope="module")
-def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    make_brain_mr(
-        folder / "Dataset701_Tiny", num_train=5, num_test=0, seed=3, style="site_a", channels=("FLAIR", "T2"),
-        shape_vox=(24, 28, 20),
-    )  # fmt: skip
-    return folder
+ENDLESS = SiteConfig(DATASET_ID, "MR", local_steps=10**6, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2))
 
 
 @pytest.fixture
-def folders(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("nnUNet_raw", str(raw))
-    monkeypatch.setenv("nnUNet_preprocessed", str(raw.parent / "preprocessed"))
-    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+def folders(tiny_folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDCMT_THREADS", "1")
-    return tmp_path
+    return tiny_folders
 
 
 @pytest.fixture
@@ -57,17 +41,7 @@ def child(folders: Path) -> Iterator[SiteProcess]:
 
 def prepared(site: Site | SiteProcess) -> Params:
     """The payload of round 0 for a site that this makes ready."""
-    introduction = {"job": "job", "seed": 5, "planning": PLANNING, "privacy": {}, "num_sites": 2}
-    planner = FederatedPlanner(PLANNING, seed=5)
-    answer = site.handle(Task.FINGERPRINT, Message(introduction))
-    assert isinstance(answer, Message)
-    fingerprints = {"north": answer.meta["fingerprint"]}
-    plans = planner.plan(fingerprints, {})
-    rounds = {"num_rounds": 2, "schedule_rounds": 2, "resume": False}
-    ready = site.handle(Task.PREPARE, Message({"plans": plans["north"], **rounds}))
-    assert isinstance(ready, Message)
-    initial = planner.initial(plans, fingerprints, {"north": "MR"}, FedCMT().scopes)
-    return {key: initial[key] for key in ready.meta["wire_shapes"]}
+    return first_payload(site, FedCMT())
 
 
 def round_of(payload: Params, index: int) -> Message:
@@ -127,7 +101,7 @@ def test_a_child_does_not_outlive_its_parent(folders: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from fedcmt.config import SiteConfig;"
         "from fedcmt.site_process import SiteProcess; from fedcmt.messages import Message, Task;"
-        f"site = SiteProcess('north', SiteConfig(701, 'MR'), {ALGORITHM!r}, Path({str(folders / 'child')!r}));"
+        f"site = SiteProcess('north', SiteConfig({DATASET_ID}, 'MR'), {ALGORITHM!r}, Path({str(folders / 'child')!r}));"
         "site.handle(Task.FINISH, Message({}));"  # fails, as nothing is prepared, but then the child is there
         "print(site.pid, flush=True); time.sleep(600)"
     )

@@ -10,12 +10,30 @@ from pathlib import Path
 
 import pytest
 
+from fedcmt.data.phantoms import make_cohort
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ["--rounds", "2", "--local-steps", "2", "--set", "sites.val_batches=1"]
 
 SGD = ["--set", "sites.optimizer.name=SGD", "--set", "sites.optimizer.momentum=0.9"]
 """For runs whose weights are compared: a bias before an instance norm has no gradient but rounding noise, which AdamW's
 first steps blow up to the size of its learning rate."""
+
+
+SMALLEST = [*SGD, "--local-steps", "2", "--threads", "1"]
+"""The main job on the two data sets of `two_small_datasets`, in seconds."""
+for setting in (
+    "server.planning.base_features=4",
+    "server.planning.max_features=8",
+    "server.planning.max_stages=3",
+    "server.planning.max_patch_size=[16,16,24]",
+    "server.planning.batch_size=2",
+    "sites.val_batches=1",
+    "sites.mirroring=false",
+    "client1.dataset_id=801",
+    "client2.dataset_id=802",
+):
+    SMALLEST += ["--set", setting]
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,13 @@ def launch(workspace: Path, job: str, *options: str, extra: Mapping[str, str] | 
         check=False,
     )
     return Finished(done.returncode, done.stdout, workspace)
+
+
+def two_small_datasets(raw: Path) -> None:
+    """What `SMALLEST` trains on: two sites' brains of five training cases and a test case each."""
+    small = {"kind": "brain_mr", "num_train": 5, "num_test": 1, "shape_vox": [24, 28, 20]}
+    sites = {"Dataset801_North": {"seed": 1, "style": "site_a"}, "Dataset802_South": {"seed": 2, "style": "site_b"}}
+    make_cohort(raw, {name: {**small, **own} for name, own in sites.items()})
 
 
 @pytest.fixture(scope="session")

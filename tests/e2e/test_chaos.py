@@ -15,29 +15,13 @@ import psutil
 import pytest
 import torch
 
-from fedcmt.data.phantoms import make_cohort
 from fedcmt.flare.processes import processes_of
 from fedcmt.params import Params, load_tensors
-from tests.e2e.conftest import SGD, Finished, command, environment, launch
+from tests.e2e.conftest import SMALLEST, Finished, command, environment, launch, two_small_datasets
 
 ROUNDS = 4
 SITES = ("client1", "client2")
-SMALL = {"kind": "brain_mr", "num_train": 5, "num_test": 1, "shape_vox": [24, 28, 20]}
-SETTINGS = {
-    "server.planning.base_features": 4,
-    "server.planning.max_features": 8,
-    "server.planning.max_stages": 3,
-    "server.planning.max_patch_size": "[16,16,24]",
-    "server.planning.batch_size": 2,
-    "sites.optimizer.lr": 0.01,
-    "sites.val_batches": 1,
-    "sites.mirroring": "false",
-    "client1.dataset_id": 801,
-    "client2.dataset_id": 802,
-}
-OPTIONS = [*SGD, "--rounds", str(ROUNDS), "--local-steps", "2", "--threads", "1"]
-for key, value in SETTINGS.items():
-    OPTIONS += ["--set", f"{key}={value}"]
+OPTIONS = [*SMALLEST, "--rounds", str(ROUNDS), "--set", "sites.optimizer.lr=0.01"]
 KILLS = (
     ("simulator", "fedcmt.site_process"),  # the child that trains
     ("simulator", "nvflare.private.fed.app.simulator.simulator_worker"),  # a site
@@ -54,8 +38,7 @@ KILLS = (
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     folder = tmp_path_factory.mktemp("data")
-    sites = {"Dataset801_North": {"seed": 1, "style": "site_a"}, "Dataset802_South": {"seed": 2, "style": "site_b"}}
-    make_cohort(folder / "raw", {name: {**SMALL, **own} for name, own in sites.items()})
+    two_small_datasets(folder / "raw")
     return {"nnUNet_raw": str(folder / "raw"), "nnUNet_preprocessed": str(folder / "preprocessed")}
 
 

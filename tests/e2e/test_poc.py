@@ -7,34 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from fedcmt.data.phantoms import make_cohort
 from fedcmt.flare.processes import processes_of
-from tests.e2e.conftest import SGD, Finished, command, environment, launch
+from tests.e2e.conftest import SMALLEST, Finished, command, environment, launch, two_small_datasets
 
-SMALL = {"kind": "brain_mr", "num_train": 5, "num_test": 1, "shape_vox": [24, 28, 20]}
-OPTIONS = [*SGD, "--local-steps", "2", "--threads", "1"]
-SETTINGS = {
-    "server.planning.base_features": 4,
-    "server.planning.max_features": 8,
-    "server.planning.max_stages": 3,
-    "server.planning.max_patch_size": "[16,16,24]",
-    "server.planning.batch_size": 2,
-    "server.schedule_rounds": 2,
-    "sites.val_batches": 1,
-    "sites.mirroring": "false",
-    "client1.dataset_id": 801,
-    "client2.dataset_id": 802,
-}
-for key, value in SETTINGS.items():
-    OPTIONS += ["--set", f"{key}={value}"]
+OPTIONS = [*SMALLEST, "--set", "server.schedule_rounds=2"]
 
 
 @pytest.fixture(scope="module")
 def variables(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     """Two small data sets as a user's own, and a HOME to see what is written there."""
     folder = tmp_path_factory.mktemp("data")
-    sites = {"Dataset801_North": {"seed": 1, "style": "site_a"}, "Dataset802_South": {"seed": 2, "style": "site_b"}}
-    make_cohort(folder / "raw", {name: {**SMALL, **own} for name, own in sites.items()})
+    two_small_datasets(folder / "raw")
     (folder / "home").mkdir()
     return {"nnUNet_raw": str(folder / "raw"), "HOME": str(folder / "home")}
 
