@@ -29,8 +29,8 @@ def config(**changed: Any) -> ServerConfig:
         ({"planning": {**BEGAN["planning"], "base_features": 16}}, "server.planning.base_features is 8 since"),
         ({"planning": {"base_features": 8, "min_cases": 4}}, r"server.planning.max_patch_size is \[24, 32, 40\] since"),
         ({"planning": {**BEGAN["planning"], "max_stages": 3}}, "server.planning.max_stages is None since"),
-        ({"privacy": {**BEGAN["privacy"], "max_epsilon": 8}}, "server.privacy.max_epsilon is 2.0 since"),
-        ({"privacy": {}}, "server.privacy.max_epsilon is 2.0 since this federation began and cannot become None"),
+        ({"privacy": {**BEGAN["privacy"], "noise_multiplier": 2.0}}, "server.privacy.noise_multiplier is 4.0 since"),
+        ({"privacy": {}}, "server.privacy.mode is 'central_client_dp' since"),
     ],
 )
 def test_a_setting_that_cannot_change_is_refused_by_name(changed: dict, words: str, tmp_path: Path) -> None:
@@ -46,10 +46,11 @@ def test_a_setting_that_cannot_change_is_refused_by_name(changed: dict, words: s
         {"num_rounds": 9},
         {"num_rounds": 9, "schedule_rounds": 4},
         {"planning": {**BEGAN["planning"], "min_cases": 2, "samples_per_case": 100}},
+        {"privacy": {**BEGAN["privacy"], "max_epsilon": 8.0}},
         {"min_sites": 1, "round_timeout": 60, "update_dtype": "float16"},
     ],
 )
-def test_rounds_newcomers_and_the_machine_may_change(changed: dict, tmp_path: Path) -> None:
+def test_rounds_newcomers_the_budget_and_the_machine_may_change(changed: dict, tmp_path: Path) -> None:
     fix_settings(tmp_path, config())
     check_settings(tmp_path, config(**changed))
 

@@ -26,7 +26,7 @@ def log_for_launcher(who: str) -> None:
 
 @contextmanager
 def root_logger_unchanged() -> Iterator[None]:
-    """Undo what an import does to the root logger."""
+    """Undo what a library does to the root logger, when it is imported or warns."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:
@@ -34,6 +34,19 @@ def root_logger_unchanged() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Let a library's logger say nothing, and the root logger as it is."""
+    logger = logging.getLogger(name)
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        with root_logger_unchanged():
+            yield
+    finally:
+        logger.disabled = before
 
 
 class _MarkedFormatter(logging.Formatter):

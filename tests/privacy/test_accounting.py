@@ -1,5 +1,6 @@
 """Epsilon of known mechanisms, against published and closed forms."""
 
+import logging
 import math
 
 import pytest
@@ -145,6 +146,14 @@ def test_asking_again_does_not_compute_again(monkeypatch: pytest.MonkeyPatch) ->
     first = epsilon([Release(3, 0.2, 5), Release(3, 0.2, 6)], 1e-4, "rdp")
     monkeypatch.setattr(accounting, "RdpAccountant", None)
     assert epsilon([Release(3, 0.2, 11)], 1e-4, "rdp") == first
+
+
+def test_asking_leaves_logging_as_it_is(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    epsilon([Release(1.0, 4 / 9, 3)], 2e-3)  # its Rényi orders below 2 do not converge, which the accountant logs
+    assert root.handlers == []
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("accountant", accounting.ACCOUNTANTS)
