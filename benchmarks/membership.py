@@ -5,14 +5,16 @@
 trains FedAvg on two hippocampus sites with few cases each, long enough to over-fit, without privacy and with
 ``instance_dp`` at each noise multiplier, and prints test Dice, epsilon, and how well a loss threshold tells training
 cases from test cases: Yeom et al., Privacy Risk in Machine Learning, CSF 2018, https://arxiv.org/abs/1709.01604. The
-attacker calls a case a member if its loss is at most the mean loss of the members; advantage = true positives - false
-positives, 0 for a coin and 1 for certainty. Intervals are 95 % bootstraps over cases.
+attacker calls a case of a site a member if its loss is at most the mean loss of that site's members; advantage = true
+positives - false positives, 0 for a coin and 1 for certainty. Numbers are means over sites, each attacked by itself:
+sites' losses differ and so do their shares of test cases, which alone would tell members apart if they were pooled.
+Intervals are 95 % bootstraps over each site's members and others.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +93,11 @@ def _cohort(cases: int) -> dict[str, Any]:
 def _row(noise: float | None, folder: Path, args: argparse.Namespace) -> str:
     results = _train(noise, folder, args)
     losses = [_losses(report, folder.parent / "nnUNet_raw") for report in results["sites"].values()]
-    members, others = (np.concatenate(kind) for kind in zip(*losses, strict=True))
+    member, other = (np.mean([kind.mean() for kind in kinds]) for kinds in zip(*losses, strict=True))
     dice = np.mean([report["test"]["mean_dice"] for report in results["sites"].values()])
     epsilon = "∞" if noise is None else f"{results['privacy']['epsilon']:.2f}"
-    shown = [_interval(measure, members, others) for measure in (_advantage, _auc)]
-    means = f"{members.mean():.3f} | {others.mean():.3f}"
+    shown = [interval(measure, losses) for measure in (advantage, auc)]
+    means = f"{member:.3f} | {other:.3f}"
     return f"| {noise if noise is not None else '–'} | {epsilon} | {dice:.4f} | {means} | {shown[0]} | {shown[1]} |"
 
 
@@ -148,27 +150,33 @@ def _folder_losses(predictor: nnUNetPredictor, dataset: Path, split: str) -> np.
     return np.array(losses)
 
 
-def _advantage(members: np.ndarray, others: np.ndarray) -> float:
+def advantage(members: np.ndarray, others: np.ndarray) -> float:
+    """Of one site: members that the threshold calls members, less others that it calls so, as shares."""
     threshold = members.mean()
     return float((members <= threshold).mean() - (others <= threshold).mean())
 
 
-def _auc(members: np.ndarray, others: np.ndarray) -> float:
-    """Probability that a member's loss is below another's."""
+def auc(members: np.ndarray, others: np.ndarray) -> float:
+    """Of one site: probability that a member's loss is below another's."""
     below = members[:, None] < others[None]
     equal = members[:, None] == others[None]
     return float((below + 0.5 * equal).mean())
 
 
-def _interval(measure: Any, members: np.ndarray, others: np.ndarray, draws: int = 5000) -> str:
+def interval(
+    measure: Callable[[np.ndarray, np.ndarray], float],
+    losses: Sequence[tuple[np.ndarray, np.ndarray]],
+    draws: int = 5000,
+) -> str:
+    """The mean over sites of a measure of (members, others), with its bootstrap interval."""
     random = np.random.default_rng(0)
 
     def again(values: np.ndarray) -> np.ndarray:
         return values[random.integers(len(values), size=len(values))]
 
-    values: Sequence[float] = [measure(again(members), again(others)) for _ in range(draws)]
+    values = [np.mean([measure(again(members), again(others)) for members, others in losses]) for _ in range(draws)]
     low, high = np.percentile(values, [2.5, 97.5])
-    return f"{measure(members, others):.2f} [{low:.2f}, {high:.2f}]"
+    return f"{np.mean([measure(*site) for site in losses]):.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":
