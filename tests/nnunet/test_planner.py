@@ -1,16 +1,17 @@
 """The server's planning: what sites that join get, and initial values for networks that differ."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 import torch
 
 from fedcmt.algorithms.asymmetric import AsymmetricFedAvg
-from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER, ALL_SHARED, Partition
+from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER, ALL_PERSONAL, ALL_SHARED, Partition, ScopeRules
 from fedcmt.nnunet.fingerprint import bin_policy, extract_fingerprint
 from fedcmt.nnunet.network import build_network, input_parameters
 from fedcmt.nnunet.planner import FederatedPlanner
-from fedcmt.params import ParameterError, named_tensors, shapes
+from fedcmt.params import ParameterError, Params, named_tensors, shapes
 from tests.nnunet.tiny_data import geometries, write_dataset
 
 MODALITIES = {"small": "MR", "thick": "MR", "wide": "MR"}
@@ -101,6 +102,39 @@ def test_every_site_can_load_the_initial_model_of_a_munet(fingerprints: dict[str
             input_parameters=input_parameters(network),
         )
         assert set(split.incoming(initial)) == {n for n in named_tensors(network) if n.startswith("encoder.")}
+
+
+@pytest.mark.parametrize(
+    ("network", "rules", "refused"),
+    [
+        ("plan", ALL_SHARED, True),
+        ("plan", ADAPTER_ENCODER_DECODER, False),
+        ("plan", ALL_PERSONAL, False),
+        ("MUNet", ALL_SHARED, True),
+        ("MUNet", ADAPTER_ENCODER_DECODER, True),
+    ],
+)
+def test_channels_in_another_order_are_refused_where_tensors_go_by_their_number(
+    network: str, rules: ScopeRules, refused: bool, fingerprints: dict[str, dict]
+) -> None:
+    wide = fingerprints["wide"]
+    turned = {**wide, "channel_names": wide["channel_names"][::-1]}
+    same, other = {"east": wide, "west": wide}, {"east": wide, "west": turned}
+    modalities = dict.fromkeys(same, "MR")
+    plans = planner("architecture", network).plan(same, {})
+
+    def initial(sites: Collection[str], sent: dict[str, dict]) -> Params:
+        asked = {site: plans[site] for site in sites}
+        return planner("architecture", network).initial(asked, sent, modalities, rules)
+
+    assert initial(same, same).keys() == initial(["west"], same).keys()
+    for sites in (["east", "west"], ["west"]):  # together, and joining
+        if refused:
+            expected = r"planning: '.*' is channel 0 of site 'west' and channel 1 of site 'east'"
+            with pytest.raises(ValueError, match=expected):
+                initial(sites, other)
+        else:
+            initial(sites, other)
 
 
 @pytest.mark.parametrize("mode", ["architecture", "own"])

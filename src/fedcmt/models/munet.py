@@ -54,6 +54,9 @@ class MUNet(nn.Module):
     keys_to_in_proj = ()
     """No convolution has one input channel per channel of the image: each stem has one."""
 
+    prefixes_by_channel = ("encoder.stems.", "encoder.stages.")
+    """Beginnings of the names of parameters that belong to a channel of the image by its number."""
+
     def __init__(
         self,
         input_channels: int,

@@ -7,7 +7,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from fedcmt.models.scopes import Partition, ScopeRules, slot_name
+from fedcmt.models.scopes import Partition, Scope, ScopeRules, slot_name
 from fedcmt.nnunet.fingerprint import Fingerprint
 from fedcmt.nnunet.plans import with_sequences
 from fedcmt.params import Params, named_tensors, shapes
@@ -81,11 +81,14 @@ def initial_parameters(
 
     Args:
       plans: Site to its plans.
-      fingerprints: Site to what it sent.
+      fingerprints: Site to what it sent; also of sites that have their values already.
       modalities: Site to its modality.
       rules: Parameter name to scope.
       configuration: E.g. "3d_fullres".
       seed: Of nnU-Net's own initialisation.
+
+    Raises:
+      ValueError: If sites are to average tensors that go by a channel's number and list their channels in other orders.
     """
     initial: Params = {}
     for sites in _of_one_network(plans, modalities, rules):
@@ -94,6 +97,8 @@ def initial_parameters(
             own = with_sequences(dict(plans[sites[0]]), channels, calibrated=False)
             network = build_network(own, configuration, len(channels), fingerprints[sites[0]].dataset_json())
         tensors = named_tensors(network)
+        if _averages_by_channel_number(network, rules):
+            _check_channel_order(fingerprints)
         partition = Partition(
             rules,
             shapes(tensors),
@@ -103,6 +108,29 @@ def initial_parameters(
         )
         initial = partition.outgoing(tensors) | initial
     return initial
+
+
+def _averages_by_channel_number(network: nn.Module, rules: ScopeRules) -> bool:
+    """Whether sites average tensors that belong to input channels by their number, whatever the channels are."""
+    scopes = rules.scopes_of(named_tensors(network))
+    prefixes: tuple[str, ...] = getattr(network, "prefixes_by_channel", ())
+    of_channels = {name for name in scopes if name.startswith(prefixes)} | input_parameters(network)
+    return any(scopes[name] is Scope.SHARED for name in of_channels)
+
+
+def _check_channel_order(fingerprints: Mapping[str, Fingerprint]) -> None:
+    """Refuse a channel that has one number at a site and another one at another site."""
+    first: dict[str, tuple[str, int]] = {}
+    for site in sorted(fingerprints):
+        for number, channel in enumerate(fingerprints[site].channel_names):
+            other, expected = first.setdefault(slot_name(channel), (site, number))
+            if number != expected:
+                raise ValueError(
+                    f"planning: {channel!r} is channel {number} of site {site!r} and channel {expected} of site "
+                    f"{other!r}, but these sites average tensors that go by a channel's number. List the channels in "
+                    "the same order in every dataset.json, or use an algorithm with adapters by channel, such as "
+                    "fedcmt.algorithms.fedcmt.FedCMT"
+                )
 
 
 def _of_one_network(sites: Collection[str], modalities: Mapping[str, str], rules: ScopeRules) -> list[list[str]]:
