@@ -15,6 +15,7 @@ from torch import Tensor
 from fedcmt.algorithms.base import Algorithm, Participant, Payload, State, Update
 from fedcmt.algorithms.fedavg import FedAvg, weighted_mean
 from fedcmt.algorithms.fedcmt import FedCMT
+from fedcmt.algorithms.fedmepd import FedMEPD
 from fedcmt.algorithms.standalone import Standalone
 from fedcmt.config import ConfigError, ContributionConfig, ServerConfig
 from fedcmt.federation import Federation, FederationError, _warn_of_lonely_channels
@@ -22,6 +23,7 @@ from fedcmt.json_file import JsonFileError, read_json
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import ParameterError, Params, load_tensors, take_rows
+from fedcmt.privacy.ledger import LedgerError
 from fedcmt.privacy.terms import PrivacyTerms
 
 INITIAL = {"w": torch.tensor([[1.0, 2.0, 3.0]]), "g@mr": torch.tensor([10.0, 20.0]), "g@ct": torch.tensor([30.0, 40.0])}
@@ -996,7 +998,7 @@ def test_resuming_a_finished_job_keeps_its_matrix(tmp_path: Path) -> None:
 
 
 CENTRAL = PrivacyTerms("central_client_dp", clip=1.0, noise_multiplier=4.0, max_epsilon=2.0, noise="seeded")
-"""One round costs 0.86, two 1.26, five 2.1."""
+"""One round costs 0.926, two 1.356, four 1.993, five 2.258."""
 
 
 def test_sites_are_told_the_terms_before_they_send_anything(tmp_path: Path) -> None:
@@ -1027,11 +1029,52 @@ def test_a_resumed_federation_goes_on_with_its_ledger(tmp_path: Path) -> None:
     assert all(torch.equal(stored(tmp_path / "parts")[n], t) for n, t in stored(tmp_path / "whole").items())
 
 
-def test_a_budget_without_a_single_round_ends_the_job_before_training(tmp_path: Path) -> None:
+def test_a_budget_without_a_single_round_ends_the_job_before_anything_is_asked(tmp_path: Path) -> None:
     channel = DirectChannel(three_sites())
     with pytest.raises(FederationError, match="does not allow a single round"):
         run(tmp_path, channel, privacy=replace(CENTRAL, max_epsilon=0.1))
-    assert not channel.of(Task.TRAIN, "a")
+    assert not channel.sent
+
+
+def test_an_algorithm_that_the_terms_do_not_cover_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    channel = DirectChannel(three_sites())
+    with pytest.raises(ValueError, match="under FedMEPD sites send tensors beside their updates"):
+        run(tmp_path, channel, FedMEPD(), privacy=CENTRAL)
+    assert not channel.sent
+    assert not (tmp_path / "privacy.jsonl").exists()
+
+
+def test_every_release_is_in_the_ledger_before_it_is_asked_for(tmp_path: Path) -> None:
+    asked: list[tuple[Task, str]] = []
+
+    class Reading(DirectChannel):
+        def exchange(
+            self, task: Task, messages: Mapping[str, Message], keep: Keep = as_it_is
+        ) -> dict[str, Message | Failure]:
+            last = json.loads((tmp_path / "privacy.jsonl").read_text().splitlines()[-1])
+            asked.append((task, last["kind"]))
+            return super().exchange(task, messages, keep)
+
+    run(tmp_path, Reading(three_sites()), privacy=CENTRAL)
+    assert asked == [
+        (Task.FINGERPRINT, "planning statistics"),
+        (Task.PREPARE, "case counts"),
+        (Task.TRAIN, "round"),
+        (Task.FINISH, "test scores"),
+    ]
+
+
+def test_a_budget_is_raised_in_the_first_line_of_the_ledger_and_in_the_job_or_not_at_all(tmp_path: Path) -> None:
+    run(tmp_path, DirectChannel(three_sites()), rounds=9, privacy=CENTRAL)
+    channel, more = DirectChannel(three_sites()), replace(CENTRAL, max_epsilon=3.0)
+    with pytest.raises(LedgerError, match=r"max_epsilon is 3\.0, the ledger's is 2\.0"):
+        run(tmp_path, channel, rounds=9, privacy=more, resume=True)
+    assert not channel.sent
+    ledger = tmp_path / "privacy.jsonl"
+    ledger.write_text(ledger.read_text().replace('"max_epsilon": 2.0', '"max_epsilon": 3.0'))
+    results = run(tmp_path, channel, rounds=9, privacy=more, resume=True)
+    assert 2.0 < results["privacy"]["epsilon"] <= 3.0
+    assert results["rounds"] == 4 + len(channel.of(Task.TRAIN, "a"))
 
 
 def test_the_published_noise_says_that_it_guarantees_nothing(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from fedcmt.messages import Message, Task
 from fedcmt.nnunet.planner import FederatedPlanner
 from fedcmt.params import ParameterError, Params, load_tensors, norm
 from fedcmt.privacy.egress import PersonalTensorError
+from fedcmt.privacy.ledger import BudgetExceeded, LedgerError
+from fedcmt.privacy.site_half import PrivacyError
 from fedcmt.session import Aborted, DivergedError
 from fedcmt.site import Site
 from tests.tiny import DATASET, DATASET_ID, PLANNING, first_payload
@@ -342,6 +344,79 @@ def test_a_site_that_is_covered_sends_a_clipped_update_and_no_metrics(tiny_folde
     assert norm(answer.tensors) == pytest.approx(0.01, rel=1e-5)
     assert answer.meta["metrics"] == {}
     assert told == ["learning_rate"]
+
+
+CENTRAL = {"mode": "central_client_dp", "clip": 0.01, "noise_multiplier": 4.0, "max_epsilon": 1.0}
+"""One round costs 0.926, two 1.356."""
+INSTANCE = {"mode": "instance_dp", "noise_multiplier": 1.0, "expected_batch": 2, "delta": 1e-3, "noise": "seeded"}
+
+
+def test_a_covered_site_counts_its_rounds_and_refuses_the_one_that_is_too_much(
+    tmp_path: Path, tiny_folders: Path
+) -> None:
+    site, payload = prepared(tmp_path / "site", FedAvg(), privacy=CENTRAL)
+    site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
+    before = state_on_disk(tmp_path / "site")
+    with pytest.raises(BudgetExceeded, match=r"round 2 would bring epsilon of site 'north' to 1\.356"):
+        site.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, payload))
+    assert state_on_disk(tmp_path / "site") == before
+
+
+def test_a_server_that_begins_anew_cannot_make_a_site_forget_what_it_spent(tiny_folders: Path) -> None:
+    site, payload = prepared(tiny_folders / "site", FedAvg(), privacy=CENTRAL)
+    site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
+    folder, plans = tiny_folders / "site", json.loads((tiny_folders / "site" / "prepared.json").read_text())["plans"]
+    before = {path.name: path.read_bytes() for path in (*folder.glob("*.safetensors"), folder / "privacy.jsonl")}
+    again = {"plans": plans, "num_rounds": 2, "schedule_rounds": 2, "resume": False}
+    with pytest.raises(LedgerError, match=r"site 'north': the server begins a new federation, and .* has 1 rounds"):
+        site.handle(Task.PREPARE, Message(again))
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert not list(folder.glob("privacy_earlier*"))
+
+
+@pytest.mark.parametrize("privacy", [CENTRAL, INSTANCE], ids=lambda terms: str(terms["mode"]))
+def test_a_site_s_own_ledger_has_all_that_it_released(tiny_folders: Path, privacy: dict[str, Any]) -> None:
+    site, payload = prepared(tiny_folders / "site", FedAvg(), privacy=privacy)
+    site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
+    site.handle(Task.FINISH, Message({}, payload))
+    rows = [json.loads(line) for line in (tiny_folders / "site" / "privacy.jsonl").read_text().splitlines()[1:]]
+    assert [(row["kind"], row["covered"], row["site"]) for row in rows] == [
+        ("planning statistics", False, "north"),
+        ("case counts", False, "north"),
+        ("round", True, "north"),
+        ("test scores", False, "north"),
+    ]
+    assert rows[-1]["epsilon_after"] == rows[-2]["epsilon_after"] > 0
+
+
+@pytest.mark.parametrize(("fold", "cases"), [(0, 4), ("all", 5)])
+def test_more_cases_a_step_than_there_are_is_refused_before_anything_is_told(
+    tiny_folders: Path, fold: Any, cases: int
+) -> None:
+    """Five cases, of which nnU-Net's fold 0 keeps one back."""
+    config = replace(CONFIG, fold=fold)
+    _, enough = prepared(
+        tiny_folders / "enough", FedAvg(), config=config, privacy={**INSTANCE, "expected_batch": cases}
+    )
+    assert enough
+    more = {**INSTANCE, "expected_batch": cases + 1}
+    with pytest.raises(PrivacyError, match=rf"expected_batch is {cases + 1}, expected at most {cases}"):
+        prepared(tiny_folders / "more", FedAvg(), config=config, privacy=more)
+    assert not (tiny_folders / "more" / "joined.json").exists()
+    assert not (tiny_folders / "more" / "egress.jsonl").exists()
+
+
+def test_cases_of_a_data_set_s_own_split_are_counted(
+    tiny_raw: Path, tiny_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copytree(tiny_raw, tmp_path / "own_raw")
+    monkeypatch.setenv("nnUNet_raw", str(own))
+    cases = sorted({path.name.rsplit("_", 1)[0] for path in (own / DATASET / "imagesTr").iterdir()})
+    split = [{"train": cases[:3], "val": cases[3:]}]
+    (own / DATASET / "splits_final.json").write_text(json.dumps(split))
+    config = replace(CONFIG, fold=0)
+    with pytest.raises(PrivacyError, match=r"delta is 0\.4, expected below 1 / 3"):
+        prepared(tiny_folders / "site", FedAvg(), config=config, privacy={**INSTANCE, "delta": 0.4})
 
 
 def test_under_the_published_noise_no_step_leaves_the_ball(tiny_folders: Path) -> None:

@@ -139,6 +139,8 @@ class Federation:
             num_sites=len(sites),
             rounds_done=0 if stored is None else stored[1]["round"] + 1,
         )
+        if stored is None:
+            self._check_budget()
         self._privacy.note("planning statistics", "counts and moments of images; see docs/privacy.md")
         requests = {site: self._introduction(len(sites)) for site in sites}
         introductions = self._ask_all(channel, Task.FINGERPRINT, requests, lambda site, a: read_introduction(a))
@@ -185,6 +187,13 @@ class Federation:
         meta |= {"privacy": self._config.privacy.to_dict(), "num_sites": num_sites}
         return Message({**meta, "continues": self._config.continues})
 
+    def _check_budget(self) -> None:
+        """Raise FederationError if the job's privacy terms alone allow no round."""
+        try:
+            self._privacy.check_budget()
+        except BudgetExceeded as refusal:
+            raise _no_round(refusal) from refusal
+
     def _stop_early(self, round_idx: int, refusal: BudgetExceeded) -> str:
         """End training before a round that the privacy budget does not allow, and keep what there is.
 
@@ -192,7 +201,7 @@ class Federation:
           FederationError: If no round could be afforded at all.
         """
         if round_idx == 0:
-            raise FederationError(f"privacy: the budget does not allow a single round: {refusal}") from refusal
+            raise _no_round(refusal) from refusal
         logger.warning("training ends after round %d of %d: %s", round_idx, self._config.num_rounds, refusal)
         return str(refusal)
 
@@ -248,7 +257,7 @@ class Federation:
             names = {site.name: site.modality for site in sites}
             return self._planner.initial(
                 {name: plans[name] for name in names},
-                {name: fingerprints[name] for name in names},
+                fingerprints,
                 names,
                 self._algorithm.scopes,
             )
@@ -389,7 +398,6 @@ class Federation:
             requests[site.name] = Message(meta, payload.tensors, payload.extras)
             frozen[site.name] = payload.frozen
         answers = channel.exchange(Task.TRAIN, requests, keep)
-        takes_extras = type(self._algorithm).local_extras is not Algorithm.local_extras
         updates: dict[str, Update] = {}
         failures: dict[str, str] = {}
         for site in turn:
@@ -398,7 +406,7 @@ class Federation:
                 failures[site.name] = answer.reason
                 continue
             try:
-                update = read_update(answer, site, requests[site.name], takes_extras=takes_extras)
+                update = read_update(answer, site, requests[site.name], takes_extras=self._algorithm.sends_extras)
                 updates[site.name] = check_update(self._privacy, site.name, update)
             except ParameterError as error:
                 failures[site.name] = str(error)
@@ -415,8 +423,8 @@ class Federation:
             requests[site.name] = (
                 Message({"rows": _listed(payload.rows)}, payload.tensors, payload.extras) if payload else Message({})
             )
-        answers = channel.exchange(Task.FINISH, requests)
         self._privacy.note("test scores", "means over each site's test cases and whole validation cases")
+        answers = channel.exchange(Task.FINISH, requests)
         reports, failed = _read_all(answers, lambda site, answer: read_report(answer))
         if len(reports) < self._least(participants):
             raise FederationError(f"task 'finish' failed; the models of the last round are kept. {_describe(failed)}")
@@ -559,6 +567,10 @@ def check_influence(algorithm: Algorithm, config: ServerConfig, sites: Collectio
         )
     if algorithm.scopes.keep_everything:
         raise FederationError(f"{where}, and {type(algorithm).__name__} exchanges nothing to bound")
+
+
+def _no_round(refusal: BudgetExceeded) -> FederationError:
+    return FederationError(f"privacy: the budget does not allow a single round: {refusal}")
 
 
 def _listed(rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

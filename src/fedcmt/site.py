@@ -14,7 +14,7 @@ import torch
 
 from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import SiteConfig
-from fedcmt.data.checks import check_dataset, find_dataset, read_dataset_json
+from fedcmt.data.checks import check_dataset, find_dataset, read_dataset_json, read_splits
 from fedcmt.data.classes import read_classes
 from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Message, Task
@@ -23,7 +23,8 @@ from fedcmt.nnunet.planning_options import PlanningOptions
 from fedcmt.nnunet.site_data import own_fingerprint, prepare_data
 from fedcmt.params import serialized_size
 from fedcmt.privacy.egress import EgressLedger
-from fedcmt.privacy.server_half import LEDGER_FILE, set_aside
+from fedcmt.privacy.site_half import check_anew, check_cases, site_ledger
+from fedcmt.privacy.terms import PrivacyTerms
 from fedcmt.progress import Progress
 from fedcmt.session import Prepared, Reporter, Session
 from fedcmt.whole_cases import site_device
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 _JOINED_FILE = "joined.json"
 _JOINED = ("job", "seed", "planning", "privacy", "num_sites", "fingerprint")
 """What it holds: the server's introduction, and the site's fingerprint in its finest form."""
+_NUM_FOLDS = 5
+"""Of nnU-Net's split, where a data set has none of its own."""
 _TRAFFIC = "traffic.json"
 _NO_TRAFFIC = {"sent": 0, "received": 0}
 """Bytes of tensors since the run began, over every restart."""
@@ -101,24 +104,30 @@ class Site:
 
     def _fingerprint(self, message: Message) -> Message:
         options = PlanningOptions.from_dict(message.meta["planning"])
-        folds = None if self._config.fold == "all" else 5
+        terms = PrivacyTerms.from_dict(message.meta["privacy"], "the job's privacy")
+        ledger = site_ledger(terms, self._folder, self.name)
         logger.info("%s: checking %s", self.name, self._dataset.name)
-        check_dataset(
+        summary = check_dataset(
             self._dataset,
-            num_folds=folds,
+            num_folds=None if self._config.fold == "all" else _NUM_FOLDS,
             channels=self._config.channels,
             missing_channels=self._config.missing_channels,
         )
         if self._config.task == "classification":
             read_classes(self._dataset, read_dataset_json(self._dataset), self._config.classes)
+        cases = self._num_training_cases(summary.num_training)
+        check_cases(terms, ledger, site=self.name, num_cases=cases, steps=self._config.local_steps)
         logger.info("%s: extracting the fingerprint", self.name)
         own = own_fingerprint(self._dataset, options)
         write_state(self._folder / _JOINED_FILE, {**message.meta, "fingerprint": own.to_dict()})
         sent = own.coarsened(bin_policy(options.mode))
+        self._note("planning statistics", "counts and moments of images; see docs/privacy.md")
         return Message({"fingerprint": sent.to_dict(), "modality": self._config.modality})
 
     def _prepare(self, message: Message) -> Message:
         joined = read_state(self._folder / _JOINED_FILE, needs=_JOINED)
+        if not message.meta["resume"]:
+            check_anew(site_ledger(self._terms, self._folder, self.name), self.name)
         options = PlanningOptions.from_dict(joined["planning"])
         progress = Progress(f"{self.name}: preprocessing", logger)
         plans = prepare_data(
@@ -150,9 +159,9 @@ class Site:
         if not message.meta["resume"]:
             for stale in ("previous.safetensors", "last.safetensors", "best.safetensors"):
                 (self._folder / stale).unlink(missing_ok=True)
-            set_aside(self._folder / LEDGER_FILE)
             self._bytes = dict(_NO_TRAFFIC)
         self._session = self._open(prepared)
+        self._note("case counts", "number of training cases")
         return Message(
             {
                 "channels": self._session.channels,
@@ -187,6 +196,7 @@ class Site:
         session = self._ready()
         report = session.finish(message, nnunet_folder("nnUNet_results"))
         report["bytes_sent"], report["bytes_received"] = self._bytes["sent"], self._bytes["received"]
+        self._note("test scores", "means over test cases and whole validation cases")
         return Message({"report": report})
 
     def _ready(self) -> Session:
@@ -197,6 +207,32 @@ class Site:
 
     def _open(self, prepared: Prepared) -> Session:
         return Session(self.name, self._config, self._algorithm, self._folder, self._dataset, prepared)
+
+    @property
+    def _terms(self) -> PrivacyTerms:
+        """The job's privacy, as the server said it when the site joined."""
+        path = self._folder / _JOINED_FILE
+        return PrivacyTerms.from_dict(read_state(path, needs=_JOINED)["privacy"], f"{path}: privacy")
+
+    def _note(self, kind: str, detail: str) -> None:
+        """Take down in the site's privacy ledger, if it keeps one, that something without noise is about to leave."""
+        ledger = site_ledger(self._terms, self._folder, self.name)
+        if ledger is not None:
+            ledger.note(kind, None, detail, site=self.name)
+
+    def _num_training_cases(self, num_cases: int) -> int:
+        """Cases that the site's fold will train on, of those in imagesTr, before anything is preprocessed.
+
+        Where a split has fewer folds than the site's, all: the trainer refuses it by name.
+        """
+        fold, name = self._config.fold, "splits_final.json"
+        if fold == "all":
+            return num_cases
+        for file in (self._dataset / name, nnunet_folder("nnUNet_preprocessed") / self._dataset.name / name):
+            if file.is_file():
+                splits = read_splits(file)
+                return len(splits[fold]["train"]) if fold < len(splits) else num_cases
+        return num_cases - len(range(fold, num_cases, _NUM_FOLDS))
 
     def _release(self, task: Task, message: Message, answer: Message) -> None:
         """Check, record and count the answer."""
@@ -230,5 +266,4 @@ class Site:
 
     def _draws_cases(self) -> bool:
         """Whether each step draws its cases, which loader processes would do ahead of it."""
-        joined = self._folder / _JOINED_FILE
-        return joined.exists() and read_state(joined, needs=_JOINED)["privacy"].get("mode") == "instance_dp"
+        return (self._folder / _JOINED_FILE).exists() and self._terms.mode == "instance_dp"

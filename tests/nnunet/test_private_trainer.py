@@ -15,6 +15,7 @@ from opacus.accountants import RDPAccountant
 from torch import Tensor, nn
 
 from fedcmt.config import OptimizerConfig
+from fedcmt.models.fedmepd import FedMEPDNet
 from fedcmt.models.munet import MUNet
 from fedcmt.models.trans_unet3d import TransUNet3D
 from fedcmt.models.unet3d import UNet3D
@@ -484,6 +485,11 @@ def test_attention_without_gradients_per_case_is_refused_by_name() -> None:
     network = TransUNet3D(1, 2, n_stages=2, features_per_stage=(4, 8), depth=1, heads=2)
     with pytest.raises(ValueError, match=r"encoder\.bottleneck\.layers\.0\.self_attn \(MultiheadAttention\)"):
         check_cases_stay_apart(network)
+
+
+def test_a_network_of_several_branches_is_refused() -> None:
+    with pytest.raises(ValueError, match="the loss of FedMEPDNet is one of several branches"):
+        check_cases_stay_apart(FedMEPDNet(1, 2, ["T2"], features_per_stage=(4, 4, 4, 4)))
 
 
 def test_t28_the_network_passes_opacus_and_its_epsilon_is_that_of_dp_accounting(

@@ -65,6 +65,34 @@ def test_a_new_ledger_has_its_terms_and_nothing_spent(path: Path) -> None:
     assert path.read_text() == '{"delta": 1e-05, "max_epsilon": 8.0, "accountant": "pld"}\n'
 
 
+def test_a_ledger_knows_the_rounds_it_was_charged_for(path: Path) -> None:
+    ledger = opened(path)
+    spend(ledger, 0)
+    spend(ledger, 2)
+    spend(ledger, 2)
+    ledger.note("round metrics", 5, "loss of each site")
+    assert ledger.rounds == opened(path).rounds == {0, 2}
+
+
+@pytest.mark.parametrize("delta", [0, 1e-300, 1, None])
+def test_a_delta_that_no_accountant_takes_is_refused_before_there_is_a_file(path: Path, delta: object) -> None:
+    with pytest.raises(ValueError, match=r"delta is .*, expected from 1e-100, below 1"):
+        opened(path, delta=delta)
+    assert not path.exists()
+
+
+def test_the_budget_changes_in_the_first_line_and_in_the_job_or_not_at_all(path: Path) -> None:
+    spent = spend(opened(path), 0)
+    with pytest.raises(
+        LedgerError, match=r"max_epsilon is 9\.0, the ledger's is 8\.0.*this file, and the same in the job"
+    ):
+        opened(path, max_epsilon=9.0)
+    path.write_text(path.read_text().replace('"max_epsilon": 8.0', '"max_epsilon": 9.0'))
+    with pytest.raises(LedgerError, match=r"max_epsilon is 8\.0, the ledger's is 9\.0"):
+        opened(path)
+    assert opened(path, max_epsilon=9.0).epsilon() == spent
+
+
 def test_a_line_says_what_was_spent_on_what(path: Path) -> None:
     after = opened(path).spend("round", [Release(4.0, 0.5, 3)], 6, "training case", site="north")
     (row,) = rows(path)

@@ -13,6 +13,7 @@ from fedcmt.algorithms.fedavg import FedAvg
 from fedcmt.algorithms.fedbn import FedBN
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.algorithms.fedhca2 import FedHCA2
+from fedcmt.algorithms.fedmepd import FedMEPD
 from fedcmt.algorithms.fedopt import FedOpt
 from fedcmt.algorithms.fedper import FedPer
 from fedcmt.algorithms.fedprox import FedProx
@@ -25,6 +26,8 @@ from fedcmt.privacy.terms import PrivacyTerms
 SHAPES = {"a": (1,), "b": (1,)}
 CENTRAL = {"mode": "central_client_dp", "clip": 1.0, "noise_multiplier": 1.0, "noise": "seeded"}
 DISTRIBUTED = {**CENTRAL, "mode": "distributed_client_dp"}
+INSTANCE = {"mode": "instance_dp", "noise_multiplier": 1.0, "expected_batch": 2, "delta": 1e-3}
+COMPAT = {"mode": "compat_noise", "clip": 1000, "sigma": 1e-5}
 
 
 def site(name: str, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> Participant:
@@ -220,6 +223,42 @@ def test_products_of_single_updates_are_refused_under_distributed_noise(algorith
 @pytest.mark.parametrize("algorithm", [FedAvg(), FedPer("head"), FedBN(), FedOpt(), FedProx()])
 def test_means_are_taken_under_distributed_noise(algorithm: Algorithm) -> None:
     check_algorithm(PrivacyTerms.from_dict(DISTRIBUTED, "privacy"), algorithm)
+
+
+@pytest.mark.parametrize("algorithm", [FedAvg(), FedPer("head"), FedBN(), FedOpt(), FedProx(), FedCMT(), FedHCA2()])
+@pytest.mark.parametrize("values", [{}, COMPAT, CENTRAL, INSTANCE], ids=lambda values: values.get("mode", "none"))
+def test_other_terms_are_kept_by_every_algorithm_that_sends_updates_only(
+    algorithm: Algorithm, values: dict[str, Any]
+) -> None:
+    assert not algorithm.sends_extras
+    check_algorithm(PrivacyTerms.from_dict(values, "privacy"), algorithm)
+
+
+@pytest.mark.parametrize("values", [CENTRAL, DISTRIBUTED, INSTANCE], ids=lambda values: values["mode"])
+def test_an_algorithm_that_sends_more_than_updates_is_refused_where_sites_or_cases_are_covered(
+    values: dict[str, Any],
+) -> None:
+    assert FedMEPD().sends_extras
+    with pytest.raises(ValueError, match=rf"under FedMEPD sites send tensors beside .* no noise of {values['mode']}"):
+        check_algorithm(PrivacyTerms.from_dict(values, "privacy"), FedMEPD())
+    for free in ({}, COMPAT):
+        check_algorithm(PrivacyTerms.from_dict(free, "privacy"), FedMEPD())
+
+
+@pytest.mark.parametrize("values", [CENTRAL, DISTRIBUTED], ids=lambda values: values["mode"])
+def test_a_budget_that_the_first_round_exceeds_is_known_from_the_terms(tmp_path: Path, values: dict[str, Any]) -> None:
+    """z = 4 at delta 1e-5: 0.926 after a round."""
+    privacy(tmp_path / "enough", {**values, "noise_multiplier": 4.0, "max_epsilon": 0.95}).check_budget()
+    with pytest.raises(BudgetExceeded, match=r"round 1 would bring epsilon to 0\.926"):
+        privacy(tmp_path / "less", {**values, "noise_multiplier": 4.0, "max_epsilon": 0.8}).check_budget()
+
+
+def test_a_delta_that_gives_a_case_away_is_refused_by_the_site_it_does_so_at(tmp_path: Path) -> None:
+    """Sites of 5 cases: delta must be below 0.2."""
+    often = {"rate": 0.4, "steps": 3}
+    privacy(tmp_path / "below", {**INSTANCE, "delta": 0.19}).admit(site("x"), often)
+    with pytest.raises(ValueError, match=r"site 'x': server.privacy.delta is 0.2, expected below 1 / 5"):
+        privacy(tmp_path / "at", {**INSTANCE, "delta": 0.2}).admit(site("x"), often)
 
 
 def test_the_site_that_draws_most_often_decides_epsilon(tmp_path: Path) -> None:

@@ -139,6 +139,11 @@ class Algorithm:
     product: ClassVar[Literal["received", "trained"]] = "received"
     mean_only: ClassVar[bool] = False
 
+    @property
+    def sends_extras(self) -> bool:
+        """Whether sites send tensors beside their updates: whether `local_extras` is the algorithm's own."""
+        return type(self).local_extras is not Algorithm.local_extras
+
     def init(self, initial: Params, sites: Sequence[Participant], num_rounds: int) -> State:
         """The state before round 0, given initial values of every wire tensor and the length of the job."""
         return State(params=dict(initial))

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import OptimizerConfig
 from fedcmt.doctor.findings import Finding, ok, readable_bytes, readable_seconds
 from fedcmt.doctor.images import CaseFacts
@@ -214,7 +213,7 @@ def _moments(optimizer: OptimizerConfig) -> int:
 def _assumptions(asked: JobSite) -> tuple[str, ...]:
     notes = ["plans are those of this site alone; with the other sites, depth, patch and batch may differ"]
     algorithm = asked.algorithm
-    if type(algorithm).local_extras is not Algorithm.local_extras:
+    if algorithm.sends_extras:
         notes.append("further tensors that this algorithm sends, and rows it leaves out, are not counted")
     rounds = range(asked.job.server.num_rounds)
     if any(algorithm.needs_teacher(round_idx, len(rounds)) for round_idx in rounds):

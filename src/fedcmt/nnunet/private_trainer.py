@@ -26,6 +26,7 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight, conv3d_weight
 
+from fedcmt.models.fedmepd import FedMEPDNet
 from fedcmt.nnunet.trainer import Batch, SiteTrainer
 from fedcmt.privacy.noise import NoiseSource
 from fedcmt.randomness import RandomStream, derive_seed
@@ -130,8 +131,13 @@ def check_cases_stay_apart(network: nn.Module) -> None:
     """Refuse layers through which one case's numbers reach another's gradient, or that Opacus cannot take apart.
 
     Raises:
-      ValueError: Naming the layers and Opacus' reasons.
+      ValueError: Naming the layers and Opacus' reasons, or the network whose loss is not one of logits alone.
     """
+    if isinstance(network, FedMEPDNet):
+        raise ValueError(
+            "instance_dp: the loss of FedMEPDNet is one of several branches and of features, for which there is no "
+            "gradient per case. Choose another network."
+        )
     reasons = [
         f"{name} ({type(module).__name__}): {str(error).split('. ')[0]}"
         for name, module in network.named_modules()

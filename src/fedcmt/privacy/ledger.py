@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcmt.json_file import write_json
-from fedcmt.privacy.accounting import ACCOUNTANTS, Accountant, Release, epsilon
+from fedcmt.privacy.accounting import ACCOUNTANTS, LEAST_DELTA, Accountant, Release, epsilon
 from fedcmt.settings import is_int, is_number, require
 
 _TOLERANCE = 1e-3
@@ -40,7 +40,7 @@ class PrivacyLedger:
 
     Args:
       path: The ledger, JSON lines; its folder is made if needed.
-      delta: In (0, 1), of every epsilon here.
+      delta: From 1e-100, below 1, of every epsilon here.
       max_epsilon: The budget, > 0; None for none.
       accountant: "pld" or "rdp".
       rounds: 0-based rounds that were made, which the file must have.
@@ -64,7 +64,8 @@ class PrivacyLedger:
     ) -> None:
         where = f"privacy ledger {path}"
         limited = is_number(max_epsilon) and max_epsilon > 0
-        require(is_number(delta) and 0 < delta < 1, where, "delta", delta, "in (0, 1)")
+        delta_ok = is_number(delta) and LEAST_DELTA <= delta < 1
+        require(delta_ok, where, "delta", delta, f"from {LEAST_DELTA:g}, below 1")
         require(max_epsilon is None or limited, where, "max_epsilon", max_epsilon, "null or a number above 0")
         require(accountant in ACCOUNTANTS, where, "accountant", accountant, " or ".join(ACCOUNTANTS))
         self.path = path
@@ -87,6 +88,11 @@ class PrivacyLedger:
         if not path.exists():
             write_json(path, terms)
             _flush_folder(path.parent)  # a ledger that a crash loses has forgotten what was spent
+
+    @property
+    def rounds(self) -> frozenset[int]:
+        """0-based rounds that were taken from the budget."""
+        return frozenset(self._rounds)
 
     def afford(self, releases: Sequence[Release], *, round_idx: int | None = None, site: str | None = None) -> float:
         """What epsilon would be after these releases; writes nothing.
@@ -242,7 +248,8 @@ class PrivacyLedger:
         if other:
             raise LedgerError(
                 f"{self.path}: {'; '.join(other)}. A ledger keeps the terms it began with, so go on with those. Only "
-                "whoever answers for the data may change the budget: max_epsilon in the first line of the file."
+                "whoever answers for the data may change the budget: max_epsilon in the first line of this file, and "
+                "the same in the job."
             )
 
     def _take(self, number: int, row: Mapping[str, Any]) -> None:

@@ -81,8 +81,9 @@ class ServerPrivacy:
         """Take a prepared site in, with how it draws cases.
 
         Raises:
-          ValueError: If it should say so and does not, or cannot be right; or if its tensors are not all other sites',
-            under `distributed_client_dp`: a sum of fewer than K updates would have less noise than is counted.
+          ValueError: If it should say so and does not, or cannot be right; if it has so many cases that delta promises
+            nothing to a single one; or if its tensors are not all other sites', under `distributed_client_dp`: a sum
+            of fewer than K updates would have less noise than is counted.
         """
         if self._terms.mode == "distributed_client_dp":
             self._shapes = self._shapes or site.wire_shapes
@@ -98,7 +99,25 @@ class ServerPrivacy:
             raise ValueError(
                 f"site {site.name!r}: sampling is {sampling!r}, expected a rate in (0, 1] and steps from 1"
             )
+        if not delta_covers_each(self._terms.delta, site.num_cases):
+            raise ValueError(
+                f"site {site.name!r}: server.privacy.delta is {self._terms.delta:g}, expected below "
+                f"1 / {site.num_cases}, its number of training cases. Lower it: such a delta permits giving a whole "
+                "case away."
+            )
         self._samplings[site.name] = Sampling(rate, steps)
+
+    def check_budget(self) -> None:
+        """Refuse a budget that the terms alone exhaust in the first round; call it before anything is asked of a site.
+
+        Under `instance_dp` a round's cost depends on what sites say once they are prepared; each site checks that
+        before it tells anything (`fedcmt.privacy.site_half.check_cases`).
+
+        Raises:
+          BudgetExceeded: If not a single round can be afforded.
+        """
+        if self._ledger is not None and self._terms.clips_updates:
+            self._ledger.afford([Release(self._noise_multiplier)], round_idx=0)
 
     def note(self, kind: str, detail: str, round_idx: int | None = None) -> None:
         """Take down that something without noise was released."""
@@ -254,6 +273,11 @@ def check_algorithm(terms: PrivacyTerms, algorithm: Algorithm) -> None:
       ValueError: With the reason.
     """
     name = type(algorithm).__name__
+    if terms.formal and algorithm.sends_extras:
+        raise ValueError(
+            f"server.privacy: under {name} sites send tensors beside their updates, which no noise of {terms.mode} "
+            "covers. Use another algorithm, or run without server.privacy."
+        )
     if terms.clips_updates and algorithm.scopes.keep_everything:
         raise ValueError(f"server.privacy: {terms.mode} covers what sites send, and under {name} they send nothing")
     if terms.mode == "distributed_client_dp" and not algorithm.mean_only:
@@ -261,6 +285,11 @@ def check_algorithm(terms: PrivacyTerms, algorithm: Algorithm) -> None:
             f"server.privacy: distributed_client_dp covers the sum of all updates, and {name}'s server works on single "
             "ones (their products or their differences). Use central_client_dp or instance_dp, or another algorithm."
         )
+
+
+def delta_covers_each(delta: float, num_cases: int) -> bool:
+    """Whether delta is below 1 / (number of protected units); from there on, giving one unit away is within it."""
+    return delta * num_cases < 1
 
 
 def set_aside(ledger: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from fedcmt.privacy.accounting import LEAST_NOISE, MOST_NOISE
+from fedcmt.privacy.accounting import LEAST_DELTA, LEAST_NOISE, MOST_NOISE
 from fedcmt.settings import is_int, is_number, read_settings, require
 
 Mode = Literal["none", "compat_noise", "central_client_dp", "distributed_client_dp", "instance_dp"]
@@ -34,7 +34,8 @@ class PrivacyTerms:
       noise_multiplier: z, 1e-12 to 1e15. Standard deviation of the noise on the clipped sum, in units of ``clip``; all
         modes but ``compat_noise``.
       sigma: ``compat_noise`` only: standard deviation of the noise on each weight of the mean, >= 0.
-      delta: Of (epsilon, delta), in (0, 1); below 1 / (number of protected units).
+      delta: Of (epsilon, delta), from 1e-100 and below 1; below 1 / (number of protected units), which sites and the
+        server see to under ``instance_dp``.
       max_epsilon: A round that would exceed it is refused before it begins; None for no limit.
       accountant: "pld" (tight) or "rdp" (an upper bound).
       expected_batch: ``instance_dp`` only: expected cases of a step, >= 1.
@@ -69,7 +70,8 @@ class PrivacyTerms:
     def _check(self, where: str) -> None:
         require(isinstance(self.mode, str) and self.mode in PROTECTS, where, "mode", self.mode, ", ".join(PROTECTS))
         require(is_number(self.clip) and self.clip > 0, where, "clip", self.clip, "a number above 0")
-        require(is_number(self.delta) and 0 < self.delta < 1, where, "delta", self.delta, "in (0, 1)")
+        delta_ok = is_number(self.delta) and LEAST_DELTA <= self.delta < 1
+        require(delta_ok, where, "delta", self.delta, f"from {LEAST_DELTA:g}, below 1")
         limit = self.max_epsilon
         require(limit is None or (is_number(limit) and limit > 0), where, "max_epsilon", limit, "null or above 0")
         require(self.accountant in ("pld", "rdp"), where, "accountant", self.accountant, "pld or rdp")
