@@ -42,11 +42,12 @@ from fedcmt.federation import Federation
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.params import Params
+from fedcmt.workspace import MALLOC_VARIABLE
 
 ALGORITHMS: dict[str, type[Algorithm]] = {"FedAvg": FedAvg, "FedCMT": FedCMT}
 WAYS = ("on disk", "in memory")
 MOST_GB = 1.5
-_MMAP_THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+_MMAP_THRESHOLD = {MALLOC_VARIABLE: str(2**20)}
 _POLL_SECONDS = 0.01
 _GIGABYTE = 1e9
 _FIELDS = ("RssAnon", "VmRSS")

@@ -19,6 +19,7 @@ from fedcmt.messages import Failure, Message, Task
 from fedcmt.params import Params
 from fedcmt.site import Site
 from fedcmt.site_process import SiteProcess
+from fedcmt.workspace import MALLOC_VARIABLE
 from tests.tiny import DATASET_ID, first_payload
 
 CONFIG = SiteConfig(DATASET_ID, "MR", local_steps=2, val_batches=1, optimizer=OptimizerConfig("AdamW", lr=1e-2))
@@ -95,6 +96,18 @@ def test_a_child_that_is_stopped_or_killed_in_a_step_fails_its_task_within_secon
         assert "Aborted" in answer.reason or "ended" in answer.reason
     finally:
         site.close()
+
+
+def test_a_process_that_trains_keeps_its_blocks_of_memory(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MALLOC_VARIABLE, str(2**20))
+    site = SiteProcess("north", CONFIG, ALGORITHM, folders / "child")
+    try:
+        site.handle(Task.FINISH, Message({}))  # fails, as nothing is prepared, but then the child is there
+        variables = psutil.Process(site.pid).environ()
+    finally:
+        site.close()
+    assert MALLOC_VARIABLE not in variables
+    assert variables["nnUNet_raw"] == os.environ["nnUNet_raw"]
 
 
 def test_a_child_does_not_outlive_its_parent(folders: Path) -> None:

@@ -35,6 +35,7 @@ from fedcmt.models.scopes import ALL_PERSONAL
 from fedcmt.privacy.server_half import LEDGER_FILE, check_algorithm
 from fedcmt.workspace import (
     GPUS_VARIABLE,
+    MALLOC_VARIABLE,
     RESUME_VARIABLE,
     SOURCES,
     THREADS_VARIABLE,
@@ -296,7 +297,7 @@ def _environment(run: Run, job: JobConfig) -> dict[str, str]:
         RESUME_VARIABLE: "1" if run.resume else "0",
         THREADS_VARIABLE: str(threads),
         "OMP_NUM_THREADS": str(threads),
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),  # or glibc keeps the memory of uploads that are on disk by now
+        MALLOC_VARIABLE: str(2**20),
         GPUS_VARIABLE: json.dumps(_gpus_by_site(run, job)),
     }
     for variable in _NNUNET_VARIABLES:

@@ -27,7 +27,7 @@ from typing import IO, Any
 from fedcmt.config import SiteConfig, build_algorithm
 from fedcmt.messages import Failure, Message, Task, failure_of
 from fedcmt.params import load_tensors, save_tensors
-from fedcmt.workspace import SOURCES, child_environment
+from fedcmt.workspace import MALLOC_VARIABLE, SOURCES, child_environment
 
 _MODULE = "fedcmt.site_process"  # the child runs it as __main__
 logger = logging.getLogger(_MODULE)
@@ -141,7 +141,7 @@ class _Child:
         events_read, events_write = os.pipe()
         self.process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, str(commands_read), str(events_write)],
-            env=child_environment(SOURCES, {}),
+            env=child_environment(SOURCES, {}, without=[MALLOC_VARIABLE]),
             stdin=subprocess.DEVNULL,
             pass_fds=(commands_read, events_write),
             start_new_session=True,  # so that loader processes can be ended with it
