@@ -680,6 +680,14 @@ def test_a_channel_that_one_site_alone_has_may_be_misspelt(caplog: pytest.LogCap
     ]
 
 
+def test_other_names_of_a_sequence_are_not_misspelt(caplog: pytest.LogCaptureFixture) -> None:
+    wires = ({"encoders.T1ce.w": (1,)}, {"encoders.T1ce.w": (1,), "encoders.T2.w": (1,)})
+    named = sites_with(("a", "site", ["T1Gd"]), ("b", "site", ["t1ce", "T2"]))
+    with caplog.at_level(logging.WARNING, "fedcmt"):
+        _warn_of_lonely_channels([replace(p, wire_shapes=wire) for p, wire in zip(named, wires, strict=True)])
+    assert not caplog.records
+
+
 def test_a_channel_that_the_fusion_site_has_is_not_misspelt(caplog: pytest.LogCaptureFixture) -> None:
     fusion = ("f", "fusion", ["T1", "T2", "FLAIR"])
     with caplog.at_level(logging.WARNING, "fedcmt"):
@@ -741,6 +749,32 @@ def run_two_more(folder: Path, founders: dict[str, ConstantSite]) -> dict[str, T
 
 def meta_of(folder: Path) -> dict[str, Any]:
     return load_tensors(folder / "state.safetensors")[1]["record"]
+
+
+def test_a_turn_that_cannot_save_its_round_is_not_asked_for(tmp_path: Path) -> None:
+    failing = {(Task.TRAIN, site, 1): lambda m: Failure("out of memory") for site in "ab"}
+    channel = DirectChannel(three_sites(), failing)
+    with pytest.raises(FederationError, match=r"round 2: 0 of 2 sites .* at least 2 are needed\. Site 'a'"):
+        run(tmp_path, channel, OneByOne(), rounds=2, min_sites=2)
+    assert [message.meta["round"] for message in channel.of(Task.TRAIN, "c")] == [0]
+
+
+def test_the_algorithm_is_told_who_has_left(tmp_path: Path) -> None:
+    told = []
+
+    class Parting(FedAvg):
+        def leave(self, state: State, site: str) -> State:
+            told.append(site)
+            return replace(state, params={name: tensor + 1 for name, tensor in state.params.items()})
+
+    sites = three_sites()
+    run(tmp_path, DirectChannel(sites), Parting())
+    assert not told
+    channel = DirectChannel({"a": sites["a"]})
+    before = stored(tmp_path)
+    run(tmp_path, channel, Parting(), rounds=2, resume=True)
+    assert told == ["b", "c"]
+    assert torch.equal(channel.of(Task.TRAIN, "a")[0].tensors["w"], before["w"] + 2)
 
 
 def test_a_site_leaves_and_comes_back_with_its_agreement(tmp_path: Path) -> None:

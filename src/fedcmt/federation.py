@@ -22,6 +22,7 @@ from fedcmt.influence import FEWEST_SITES, influence_factors, scale_updates
 from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
+from fedcmt.models.sequences import SEQUENCES
 from fedcmt.params import ParameterError, Params, check_shapes, load_newest, save_tensors
 from fedcmt.privacy.ledger import BudgetExceeded
 from fedcmt.privacy.server_half import ServerPrivacy, check_update
@@ -295,6 +296,8 @@ class Federation:
                     logger.warning("no round is left for %s to train in; go on with --resume --rounds N", site.name)
         if left := sorted(set(meta["sites"]) - {site.name for site in participants}):
             logger.info("without sites %s, which took part before", left)
+        for name in left:
+            state = self._algorithm.leave(state, name)
         return state, first_round
 
     def _round(
@@ -305,9 +308,14 @@ class Federation:
         self._privacy.open_round(round_idx, participants)
         if self._config.privacy.release_metrics:
             self._privacy.note("round metrics", "each site's loss and validation scores", round_idx)
-        for turn in self._algorithm.turns(round_idx, participants):
+        turns = self._algorithm.turns(round_idx, participants)
+        to_come = sum(len(turn) for turn in turns)
+        least = min(self._least(participants), to_come)
+        for turn in turns:
+            if len(done.updates) + to_come < least:
+                break  # a turn that cannot save the round is not trained
             state = self._play(channel, round_idx, state, turn, done)
-        least = min(self._least(participants), len(done.asked))
+            to_come -= len(turn)
         if len(done.updates) < least:
             raise FederationError(
                 f"round {round_idx + 1}: {len(done.updates)} of {len(done.asked)} sites sent a usable update, "
@@ -581,15 +589,21 @@ def _listed(rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
 def _warn_of_lonely_channels(participants: Sequence[Participant]) -> None:
     """Say which channels only one of several sites of a modality has: a new sequence, or a misspelt name.
 
-    A fusion site has every sequence: what it shares with one other site is spelt right.
+    A fusion site has every sequence: what it shares with one other site is spelt right. Where sequences go by one name,
+    whatever a site calls them, a site's tensors say which it has, and other names are none.
     """
     for modality in sorted({p.modality for p in participants}):
-        everyone = [p for p in participants if p.modality == modality]
+        everyone = [p for p in participants if p.modality == modality and not _names_sequences(p)]
         sites = [p for p in everyone if p.role == "site"]
         for channel in sorted({channel for p in sites for channel in p.channels}):
             owners = [p.name for p in everyone if channel in p.channels]
             if len(sites) > 1 and len(owners) == 1:
                 logger.warning("only site %s has %s channel %r; misspelt?", owners[0], modality, channel)
+
+
+def _names_sequences(site: Participant) -> bool:
+    """Whether the site's channels are known by the names of its tensors, as an encoder for each sequence has them."""
+    return any(name.startswith(f"encoders.{sequence}.") for name in site.wire_shapes for sequence in SEQUENCES)
 
 
 def _read_all(

@@ -92,7 +92,8 @@ def random_updates(algorithm: FedMEPD, state: State, names: Sequence[str], seed:
 
 def random_rounds(algorithm: FedMEPD, state: State, count: int, seed: int = 0) -> State:
     for i in range(count):
-        state = algorithm.aggregate(state, random_updates(algorithm, state, list(SEQUENCES), seed + 2 * i))
+        others = [site for site in SEQUENCES if site in state.record["sites"]]
+        state = algorithm.aggregate(state, random_updates(algorithm, state, others, seed + 2 * i))
         state = algorithm.aggregate(state, random_updates(algorithm, state, ["centre"], seed + 2 * i + 1))
     return state
 
@@ -585,6 +586,37 @@ def test_a_site_that_comes_back_has_kept_its_filters() -> None:
     assert same(new.memory, state.memory)
     assert new.record["sites"]["south"] == {"cases": 50, "sequences": ["FLAIR"]}
     assert equal(algorithm.register(state, participants()[3], {}), state)
+
+
+def test_a_site_that_has_left_counts_nowhere_and_finds_its_filters_again() -> None:
+    algorithm = FedMEPD(patience=1, pretrain_rounds=0)
+    state = random_rounds(algorithm, warmed(algorithm), 3)
+    gone = algorithm.leave(state, "south")
+    assert same(gone.memory, state.memory)
+    assert sorted(gone.record["sites"]) == ["north", "west"]
+    assert gone.record["left"] == ["south"]
+    later = random_rounds(algorithm, gone, 1)
+    assert {name.partition("/")[2] for name in later.record["curves"]} == {"north", "west"}
+    site = participant("south", SEQUENCES["south"])
+    back = algorithm.register(gone, site, {})
+    assert same(back.memory, state.memory)
+    assert back.record == state.record
+
+
+def test_shares_of_cases_are_of_the_sites_that_are_there() -> None:
+    """As in oracle 8, but without south's five cases: north has 12 of 19."""
+    algorithm = FedMEPD(pretrain_rounds=0)
+    state = algorithm.leave(warmed(algorithm), "south")
+    state = algorithm.aggregate(state, updates(algorithm, state, north=2.0))
+    new = by_fusion(algorithm, state, 0.6)
+    server = 0.7 * 2 + 0.6  # north alone is the mean of the sites
+    assert new.memory["weight/north/decoder.up"].tolist() == pytest.approx([0.95 + 0.05 * 12 / 19 * server / 2] * 3)
+
+
+def test_the_fusion_site_cannot_leave() -> None:
+    algorithm = FedMEPD()
+    with pytest.raises(ParameterError, match="fusion site 'centre' cannot leave"):
+        algorithm.leave(warmed(algorithm), "centre")
 
 
 def test_turns_are_the_fusion_site_alone_and_from_then_on_the_others_before_it() -> None:

@@ -159,6 +159,10 @@ class Algorithm:
         new = {name: tensor for name, tensor in initial.items() if name not in state.params}
         return replace(state, params={**state.params, **new})
 
+    def leave(self, state: State, site: str) -> State:
+        """The state without a site that has left; what that one finds again if it comes back stays."""
+        return state
+
     def turns(self, round_idx: int, sites: Sequence[Participant]) -> list[list[Participant]]:
         """Who trains when: sites of one turn train side by side, and the next turn sees their aggregate."""
         return [list(sites)]

@@ -112,14 +112,15 @@ class FedMEPD(AnchorSite):
     def init(self, initial: Params, sites: Sequence[Participant], num_rounds: int) -> State:
         """The state before round 0: every filter of every site is shared, with H = 1.
 
-        The record counts rounds by the fusion site's turns and keeps each other site's training cases and sequences.
+        The record counts rounds by the fusion site's turns, keeps each other site's training cases and sequences, and
+        which sites have left.
 
         Raises:
           ParameterError: If there is not exactly one fusion site, or another site exchanges what that one does not.
         """
         fusion = _fusion_site(sites)
         held = {name: initial[name] for name in fusion.wire_shapes}
-        state = State(held, record={"round": 0, "fusion": fusion.name, "sites": {}, "curves": {}})
+        state = State(held, record={"round": 0, "fusion": fusion.name, "sites": {}, "left": [], "curves": {}})
         for site in sites:
             state = self.register(state, site, initial)
         return state
@@ -134,12 +135,24 @@ class FedMEPD(AnchorSite):
         if site.name == state.record["fusion"]:
             return state
         memory = state.memory
-        if site.name not in state.record["sites"]:
+        if site.name not in (*state.record["sites"], *state.record["left"]):
             fresh = {c: Filters.fresh(count, self.patience) for c, count in _convolutions(state).items()}
             memory = {**memory, **_stored(site.name, fresh)}
         entry = {"cases": site.num_cases, "sequences": _sequences(site.wire_shapes)}
-        record = {**state.record, "sites": {**state.record["sites"], site.name: entry}}
+        left = [name for name in state.record["left"] if name != site.name]
+        record = {**state.record, "sites": {**state.record["sites"], site.name: entry}, "left": left}
         return replace(state, memory=memory, record=record)
+
+    def leave(self, state: State, site: str) -> State:
+        """The state in which the site's cases count no more; its filters stay as they are until it comes back.
+
+        Raises:
+          ParameterError: If it is the fusion site, without which there are no rounds.
+        """
+        if site == state.record["fusion"]:
+            raise ParameterError(f"FedMEPD: fusion site {site!r} cannot leave, its anchors are the other sites'")
+        present = {name: entry for name, entry in state.record["sites"].items() if name != site}
+        return replace(state, record={**state.record, "sites": present, "left": sorted([*state.record["left"], site])})
 
     def turns(self, round_idx: int, sites: Sequence[Participant]) -> list[list[Participant]]:
         """The fusion site alone in round 0; later all others, and then the fusion site.
