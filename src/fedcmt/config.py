@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from fedcmt.algorithms.base import Algorithm
 from fedcmt.data.classes import SOURCES
+from fedcmt.evaluation.regions import REGIONS_EXPECTED, is_regions
 from fedcmt.json_file import read_json
 from fedcmt.privacy.terms import PrivacyTerms
 from fedcmt.settings import is_int, is_number, require
@@ -132,6 +133,9 @@ class SiteConfig:
     nnU-Net does. Leave out the left-right axis where labels tell left from right."""
     score_common: bool = True
     """Score the exported model on the test cases that all sites share (``imagesCommon``) too, where there are any."""
+    score_regions: dict[str, list[int]] = field(default_factory=dict)
+    """Segmentation only: region name to label ids of a data set without regions. Whole cases are then scored by these
+    unions instead of by single labels; training, plans and label maps know nothing of them."""
     num_workers: int | None = None
     """Processes that load and augment; null is nnU-Net's choice on a GPU and 0 (repeatable) on a CPU."""
     num_processes: int = 1
@@ -180,6 +184,10 @@ class SiteConfig:
         _require(is_number(config.grad_clip) and config.grad_clip > 0, where, "grad_clip", config.grad_clip, "above 0")
         for key in ("mirroring", "score_common", "missing_channels"):
             _require(isinstance(getattr(config, key), bool), where, key, getattr(config, key), "true or false")
+        regions = config.score_regions
+        _require(is_regions(regions), where, "score_regions", regions, REGIONS_EXPECTED)
+        regions_ok = not regions or config.task == "segmentation"
+        _require(regions_ok, where, "score_regions", regions, "{} at a site that classifies")
         axes = config.mirror_axes
         axes_ok = axes is None or (isinstance(axes, list) and all(is_int(a) and 0 <= a <= 2 for a in axes))
         _require(axes_ok, where, "mirror_axes", axes, "null or a list of array axes from 0 to 2")

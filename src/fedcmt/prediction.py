@@ -4,7 +4,7 @@ References are compared with the images by name before anything is predicted: fo
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from fedcmt.data.checks import read_dataset_json
 from fedcmt.data.classes import UNKNOWN, CaseClasses, read_classes
 from fedcmt.evaluation.metrics import EvaluationError, FolderScores, evaluate_folder, write_scores
+from fedcmt.evaluation.regions import with_score_regions
 from fedcmt.evaluation.subsets import AS_CSV, AS_MARKDOWN, Subset, folder_name, sequences_of, subsets_of, write_subsets
 from fedcmt.nnunet.classify import classify_folder, model_classes, write_classification
 from fedcmt.nnunet.predict import check_images, check_model, list_images, predict_folder
@@ -28,12 +29,15 @@ class PredictionSettings:
       checkpoint: File name in the model folder's ``fold_all``.
       mirroring: Average over mirrored inputs.
       progress: Called with (cases done, cases in all).
+      score_regions: Segmentation only: what is scored instead of the model's labels, as `with_score_regions` takes it;
+        empty for its labels or regions.
     """
 
     device: torch.device
     checkpoint: str
     mirroring: bool
     progress: Callable[[int, int], None]
+    score_regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def segment(

@@ -14,6 +14,7 @@ import torch
 from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.config import SiteConfig
 from fedcmt.data.classes import read_classes
+from fedcmt.evaluation.regions import with_score_regions
 from fedcmt.json_file import read_state
 from fedcmt.logs import root_logger_unchanged
 from fedcmt.messages import Message
@@ -120,6 +121,7 @@ class Session:
         self._dataset = dataset
         self._prepared = prepared
         self._random = RandomStream(derive_seed(prepared.seed, "site", name))
+        with_score_regions(prepared.dataset_json, config.score_regions, f"site {name!r}")  # or it fails after training
         self._classes = None
         if config.task == "classification":
             self._classes = read_classes(dataset, prepared.dataset_json, config.classes)
@@ -302,6 +304,7 @@ class Session:
         return {
             "task": self._config.task,
             **({"classes": self._config.classes} if self._config.task == "classification" else {}),
+            **({"score_regions": self._config.score_regions} if self._config.score_regions else {}),
             "dataset": self._dataset.name,
             "model_folder": str(folder.relative_to(results)),
             "steps": self.trainer.steps_done,

@@ -12,6 +12,7 @@ from fedcmt.config import SiteConfig
 from fedcmt.data.checks import list_cases, read_dataset_json
 from fedcmt.data.classes import UNKNOWN, CaseClasses
 from fedcmt.evaluation.metrics import evaluate_folder, write_scores
+from fedcmt.evaluation.regions import with_score_regions
 from fedcmt.nnunet.classify import classify_folder, model_classes, write_classification
 from fedcmt.nnunet.predict import predict_folder
 from fedcmt.progress import Progress
@@ -73,7 +74,8 @@ class WholeCases:
     def _segmented(self, split: str, images: Path, labels: Path) -> dict[str, Any]:
         output = self._output(split)
         predict_folder(self._model_folder, images, output, **self._how(split))
-        scores = evaluate_folder(output, labels, self._dataset_json, self._dataset_json["file_ending"])
+        scored = with_score_regions(self._dataset_json, self._config.score_regions, f"site {self._name!r}")
+        scores = evaluate_folder(output, labels, scored, scored["file_ending"])
         write_scores(scores, output)
         return scores.summary()
 
