@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedcmt.arguments import whole_number
 from fedcmt.config import site_apps
 from fedcmt.evaluation.tables import learning_line, results_table
@@ -185,7 +187,9 @@ def _show(run: Run, results: dict[str, Any]) -> None:
     rows += [("TensorBoard", f"tensorboard --logdir {run.workspace}")]
     rows += [("What left", run.workspace / "sites" / "SITE" / "egress.jsonl")]
     site = next(iter(results["sites"]))
-    inference = f"{REPOSITORY / 'Inference.py'} --workspace {run.workspace} --clients app_{site} --gpu_ids 0"
+    inference = f"{REPOSITORY / 'Inference.py'} --workspace {run.workspace} --clients {site}"
+    if torch.cuda.is_available():
+        inference += " --gpu_ids 0"
     if results["sites"][site]["test"] is None:
         inference += " --input YOUR_IMAGES --output LABEL_MAPS"
     rows += [("Next", f"{_python()} {inference}")]
