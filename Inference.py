@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
 from fedcmt.data.checks import DatasetError
 from fedcmt.evaluation.metrics import EvaluationError
+from fedcmt.evaluation.regions import REGIONS_EXPECTED, is_regions
 from fedcmt.evaluation.subsets import AS_MARKDOWN, Subset, SubsetError, chosen_sequences, folder_name, sequences_of
 from fedcmt.evaluation.tables import results_table
 from fedcmt.json_file import JsonFileError, read_json
@@ -60,6 +61,7 @@ class Work:
       class_source: Where in ``labels`` the classes are, as `read_classes` takes it; None for segmentation.
       sequences: Those of the model's to go by; None for all channels.
       every_subset: Go by each subset of the model's sequences in turn; ``labels`` are there.
+      score_regions: Region name -> label ids that are scored; empty for the model's own labels or regions.
     """
 
     client: str
@@ -71,6 +73,7 @@ class Work:
     class_source: str | None = None
     sequences: Subset | None = None
     every_subset: bool = False
+    score_regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -222,8 +225,31 @@ def plan_client(client: str, site: Mapping, args: argparse.Namespace) -> Work:
     if task_of(site) == CLASSIFICATION:
         labels, source = plan_classes(client, site, dataset, args.labels)
         return Work(client, model, images, output, labels, CLASSIFICATION, source)
-    labels = plan_labels(client, dataset, args)
-    return Work(client, model, images, output, labels, sequences=sequences, every_subset=args.every_subset)
+    return Work(
+        client,
+        model,
+        images,
+        output,
+        plan_labels(client, dataset, args),
+        sequences=sequences,
+        every_subset=args.every_subset,
+        score_regions=plan_score_regions(client, site, args.workspace),
+    )
+
+
+def plan_score_regions(client: str, site: Mapping, workspace: Path) -> Mapping[str, Sequence[int]]:
+    """The regions by which the job scored the site; empty where it scored single labels or the data set's regions.
+
+    Raises:
+      UserError: If results.json holds anything else.
+    """
+    regions = site.get("score_regions", {})
+    if not is_regions(regions):
+        raise UserError(
+            f"client {client}: score_regions in {workspace / 'results.json'} is {regions!r}, expected "
+            f"{REGIONS_EXPECTED}. Restore the file."
+        )
+    return regions
 
 
 def plan_labels(client: str, dataset: Path | None, args: argparse.Namespace) -> Path | None:
@@ -370,9 +396,19 @@ def predict(work: Work, args: argparse.Namespace, gpu: int | None) -> None:
         if classifies:
             prediction.classify(work.model, work.images, work.output, work.labels, work.class_source, settings)
         elif work.every_subset and work.labels is not None:
-            prediction.segment_subsets(work.model, work.images, work.output, work.labels, settings)
+            prediction.segment_subsets(
+                work.model, work.images, work.output, work.labels, settings, score_regions=work.score_regions
+            )
         else:
-            prediction.segment(work.model, work.images, work.output, work.labels, settings, work.sequences)
+            prediction.segment(
+                work.model,
+                work.images,
+                work.output,
+                work.labels,
+                settings,
+                work.sequences,
+                score_regions=work.score_regions,
+            )
     except PredictionInputError as error:
         raise UserError(str(error)) from error
     print(f"{work.client}: {'probabilities' if classifies else 'label maps'} in {work.output}", flush=True)

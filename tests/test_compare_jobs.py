@@ -381,3 +381,15 @@ def test_without_any_test_case_there_is_nothing_to_compare(
     monkeypatch.setenv("nnUNet_raw", str(raw))
     with pytest.raises(ComparisonError, match=r"no site of \['north', 'south'\] has test cases"):
         make_data(staged(jobs, "plain"), tmp_path / "own")
+
+
+def test_sites_scored_by_other_regions_are_refused_by_name(jobs: Path) -> None:
+    methods = [Method("a", "plain"), Method("b", "adapters", (("south.score_regions", {"x": [1]}),))]
+    with pytest.raises(ComparisonError, match=r"south.score_regions is {} there and {'x': \[1\]} here"):
+        stage_methods(jobs, methods, Frame(), jobs.parent / "staged")
+
+
+def test_settings_that_one_site_alone_has_are_listed_for_it(jobs: Path) -> None:
+    (job,) = staged(jobs, "plain", frame=Frame((("south.score_regions", {"x": [1]}),)))
+    readable = readable_settings(job)
+    assert {key: value for key, value in readable.items() if "score_regions" in key} == {"south.score_regions.x": [1]}

@@ -18,6 +18,7 @@ from fedcmt.config import (
     build_algorithm,
     site_apps,
 )
+from fedcmt.evaluation.regions import REGIONS_EXPECTED
 from fedcmt.json_file import JsonFileError
 
 SITE = {"dataset_id": 7, "modality": "MR"}
@@ -36,6 +37,8 @@ BAD_SITE = [
     ("mirror_axes", 0, "null or a list of array axes from 0 to 2"),
     ("device", "tpu", "auto, cpu or cuda"), ("channels", "T1", "null or a list of channel names"),
     ("channels", ["T1", 2], "null or a list of channel names"),
+    ("score_regions", [[1, 2]], REGIONS_EXPECTED), ("score_regions", {"core": []}, REGIONS_EXPECTED),
+    ("score_regions", {"core": [2, 2]}, REGIONS_EXPECTED), ("score_regions", {"core": [0]}, REGIONS_EXPECTED),
 ]  # fmt: skip
 BAD_OPTIMIZER = [
     ("name", "LBFGS", "AdamW, Adam or SGD"), ("lr", 0, "a number above 0"), ("lr", "0.1", "a number above 0"),
@@ -115,6 +118,15 @@ def test_values_are_taken_and_the_rest_is_the_default() -> None:
     config = SiteConfig.from_dict(values, "s")
     assert config.optimizer == OptimizerConfig("SGD", 0.01, 1e-5, 0.99, "constant")
     assert (config.dataset_id, config.fold, config.grad_clip, config.local_steps) == (7, "all", 12, 250)
+
+
+def test_regions_are_scored_at_sites_that_segment_only() -> None:
+    regions = {"whole_tumor": [1, 2], "core": [2]}
+    assert SiteConfig.from_dict({**SITE, "score_regions": regions}, "s").score_regions == regions
+    assert SiteConfig.from_dict(SITE, "s").score_regions == {}
+    assert SiteConfig.from_dict({**SITE, "task": "classification", "score_regions": {}}, "s").score_regions == {}
+    with pytest.raises(ConfigError, match=r"^s: score_regions is .* expected {} at a site that classifies$"):
+        SiteConfig.from_dict({**SITE, "task": "classification", "score_regions": regions}, "s")
 
 
 def test_what_was_read_cannot_be_changed() -> None:

@@ -254,6 +254,59 @@ def test_every_subset_is_scored_and_shown_as_one_table(fedmepd: Path, capsys: py
     assert out.endswith(f"\nclient1: {(predictions / 'subsets.md').read_text()}")
 
 
+def test_regions_of_the_job_are_scored_instead_of_labels(fedmepd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    set_score_regions(fedmepd, {"tumour": [1, 2], "core": [2]})
+    assert Inference.main(["--workspace", str(fedmepd), "--clients", "client1"]) == 0
+    folder = output_of(fedmepd, "client1")
+    scores = json.loads((folder / "metrics.json").read_text())
+    found = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "a_01.nii.gz")))
+    share = np.mean(found > 0)  # the reference is 1 everywhere
+    assert 0 < share < 1
+    assert scores["dice"] == pytest.approx({"tumour": 2 * share / (1 + share), "core": 0})
+    assert scores["mean_dice"] == pytest.approx(share / (1 + share))
+    head, row = capsys.readouterr().out.split("\n\n")[1].splitlines()[:2]
+    assert head.split()[-4:] == ["tumour", "core", "mean", "Dice"]
+    assert row.split()[:3] == ["client1", "1", f"{scores['dice']['tumour']:.4f}"]
+
+
+def test_regions_of_the_job_are_the_columns_of_the_subsets(fedmepd: Path) -> None:
+    use_one_sequence(fedmepd, "client1")
+    set_score_regions(fedmepd, {"tumour": [1, 2]})
+    assert Inference.main(["--workspace", str(fedmepd), "--clients", "client1", "--every_subset"]) == 0
+    predictions = output_of(fedmepd, "client1").parent
+    found = sitk.GetArrayFromImage(sitk.ReadImage(str(predictions / "imagesTs-FLAIR" / "a_01.nii.gz")))
+    share = np.mean(found > 0)
+    with (predictions / "subsets.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert list(row) == ["FLAIR", "tumour", "mean_dice"]
+    assert float(row["tumour"]) == float(row["mean_dice"]) == pytest.approx(2 * share / (1 + share))
+
+
+@pytest.mark.parametrize(
+    ("regions", "expected"),
+    [
+        ({"tumour": [0]}, "client client1: score_regions in "),
+        (["tumour"], "client client1: score_regions in "),
+        ({"tumour": [1, 7]}, "dataset.json has no label of [7]; its label ids are [1, 2]"),
+    ],
+)
+@pytest.mark.parametrize("option", [[], ["--every_subset"]])
+def test_regions_that_do_not_fit_are_told_before_anything_is_predicted(
+    fedmepd: Path, capsys: pytest.CaptureFixture[str], option: list[str], regions: object, expected: str
+) -> None:
+    set_score_regions(fedmepd, regions)
+    assert expected in fails(capsys, "--workspace", fedmepd, "--clients", "client1", *option)
+    assert not list(fedmepd.rglob("predictions/**/*.nii.gz"))
+
+
+def set_score_regions(workspace: Path, regions: object) -> None:
+    """As a job leaves them in results.json."""
+    results = json.loads((workspace / "results.json").read_text())
+    for site in results["sites"].values():
+        site["score_regions"] = regions
+    (workspace / "results.json").write_text(json.dumps(results))
+
+
 def test_every_subset_and_some_channels_reach_the_child_processes(
     fedmepd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

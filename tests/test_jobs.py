@@ -175,7 +175,7 @@ def test_a_central_job_trains_as_its_federation_on_the_pooled_data_set(central: 
     alone, several = (JobConfig.from_folder(JOBS / name) for name in (central, federated))
     own = alone.sites["pooled"]
     assert asdict(alone.server) == asdict(several.server)
-    assert {replace(site, dataset_id=own.dataset_id) for site in several.sites.values()} == {own}
+    assert [replace(site, dataset_id=own.dataset_id) for site in several.sites.values()] == [own] * len(several.sites)
     cohort = cohort_of(JOBS / central)
     assert cohort is not None
     assert cohort == cohort_of(JOBS / federated)
@@ -239,6 +239,11 @@ def test_fedmepd_s_comparison_rows_train_on_the_same_patients(tmp_path: Path) ->
     )
     assert (own["channels"], filled["blank"]) == (["T1ce"], ["FLAIR", "T1", "T2"])
     assert fedavg.sites["c5"].missing_channels
+
+
+@pytest.mark.parametrize("job", sorted(JOBS.glob("*_fedmepd*/")), ids=lambda path: path.name)
+def test_fedmepd_s_jobs_predict_without_mirrored_images_as_published(job: Path) -> None:
+    assert {site.mirroring for site in JobConfig.from_folder(job).sites.values()} == {False}
 
 
 def test_there_are_jobs() -> None:

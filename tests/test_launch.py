@@ -7,7 +7,7 @@ import pytest
 
 from fedcmt.config import ConfigError
 from fedcmt.federation import FederationError
-from fedcmt.job_folder import find_job
+from fedcmt.job_folder import Override, find_job, stage
 from fedcmt.json_file import read_json
 from fedcmt.launch import LaunchError, Run, _set_aside_earlier_run, checked, export, launch
 
@@ -46,6 +46,74 @@ def test_a_network_calibrated_by_anchors_that_nobody_brings_is_refused(
     with pytest.raises(ConfigError, match=r"calibrated by anchors, and (Standalone|FedMEPD) brings none"):
         checked(run)
     checked(replace(run, overrides=[setting, ("server.planning.network_options", {"calibrated": False})]))
+
+
+OPTIONS = "server.planning.network_options"
+
+
+@pytest.mark.parametrize(
+    ("settings", "ours", "theirs"),
+    [
+        ([("algorithm.anchors_per_class", 2)], 2, 4),
+        ([(f"{OPTIONS}.anchors_per_class", 6)], 4, 6),
+        ([("algorithm.anchors_per_class", 2), (f"{OPTIONS}.anchors_per_class", 3)], 2, 3),
+    ],
+)
+def test_anchors_of_another_number_than_the_network_has_are_refused(
+    settings: list[Override], ours: int, theirs: int, tmp_path: Path
+) -> None:
+    demo = {"about": "generated", "cohort": {}}
+    words = rf"algorithm.anchors_per_class is {ours} and {OPTIONS}.anchors_per_class {theirs}, expected the same"
+    with pytest.raises(ConfigError, match=words):
+        launch(Run(find_job(JOBS, "brats_fedmepd"), tmp_path / "w", "inprocess", settings, demo))
+    assert not (tmp_path / "w" / "nnUNet_raw").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [("algorithm.anchors_per_class", 2), (f"{OPTIONS}.anchors_per_class", 2)],
+        [("algorithm.anchors_per_class", 4)],
+        [("algorithm.anchors_per_class", 2), (f"{OPTIONS}.calibrated", False)],
+    ],
+)
+def test_anchors_of_the_network_s_number_or_for_no_network_are_taken(settings: list[Override], tmp_path: Path) -> None:
+    checked(Run(find_job(JOBS, "brats_fedmepd"), tmp_path / "w", "inprocess", settings, None))
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"), [(("c1.role", "fusion"), r"\['c1', 'fusion'\]"), (("fusion.role", "site"), r"\[\]")]
+)
+def test_another_number_of_fusion_sites_than_one_is_refused(setting: Override, named: str, tmp_path: Path) -> None:
+    demo = {"about": "generated", "cohort": {}}
+    with pytest.raises(ConfigError, match=rf"sites {named} of \['c1', .*'fusion'\] have .*role.* exactly one"):
+        launch(Run(find_job(JOBS, "brats_fedmepd_small"), tmp_path / "w", "inprocess", [setting], demo))
+    assert not (tmp_path / "w" / "nnUNet_raw").exists()
+
+
+def test_the_fusion_site_may_be_any_one_site(tmp_path: Path) -> None:
+    settings: list[Override] = [("c1.role", "fusion"), ("fusion.role", "site")]
+    checked(Run(find_job(JOBS, "brats_fedmepd_small"), tmp_path / "w", "inprocess", settings, None))
+
+
+def resumable(workspace: Path) -> bytes:
+    """A workspace that looks like that of a FedMEPD run after a round; gives its server's state."""
+    stage(find_job(JOBS, "brats_fedmepd_small"), workspace / "job")
+    (workspace / "server").mkdir()
+    (workspace / "server" / "state.safetensors").write_bytes(b"state")
+    return (workspace / "job" / "meta.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change", [{"add_sites": (("second", JOBS / "brats_fedmepd_small" / "fusion"),)}, {"remove_sites": ("fusion",)}]
+)
+def test_a_fusion_site_that_joins_or_leaves_is_refused_and_the_run_stays(change: dict, tmp_path: Path) -> None:
+    before = resumable(tmp_path)
+    run = Run(find_job(JOBS, "brats_fedmepd_small"), tmp_path, "inprocess", [], None, resume=True, **change)
+    with pytest.raises(ConfigError, match=r"role.* exactly one"):
+        launch(run)
+    assert (tmp_path / "job" / "meta.json").read_bytes() == before
+    assert (tmp_path / "server" / "state.safetensors").read_bytes() == b"state"
 
 
 def test_a_job_that_is_to_run_later_is_checked_without_a_trace(tmp_path: Path) -> None:

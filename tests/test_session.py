@@ -1,25 +1,28 @@
 """A site that is asked for a round again, and one that was killed while it stored its state."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK as sitk
 import torch
 from torch import Tensor
 
 import fedcmt.session
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import OptimizerConfig, SiteConfig
-from fedcmt.json_file import read_json
+from fedcmt.evaluation.metrics import EvaluationError
+from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Message, Task
 from fedcmt.params import Params, load_tensors, save_tensors
 from fedcmt.session import RoundGoneError
 from fedcmt.site import Site
 from tests import tiny
-from tests.tiny import DATASET_ID, first_payload
+from tests.tiny import DATASET, DATASET_ID, first_payload
 
 PLANNING = {**tiny.PLANNING, "max_stages": 2, "batch_size": 1}
 CONFIG = SiteConfig(
@@ -198,3 +201,64 @@ def test_a_schedule_of_rounds_follows_the_job_s_round_and_not_the_site_s(
         trained(running, payload, round_idx)
     assert seen == pytest.approx([1e-2, 1e-2 * 0.25**0.9, 1e-2 * 0.25**0.9], abs=5e-9)
     assert read_json(tmp_path / "by_round" / "prepared.json")["schedule_rounds"] == 4
+
+
+def as_plain_labels(raw: Path) -> None:
+    """Make a data set's nested regions the labels that its label maps hold."""
+    file = raw / DATASET / "dataset.json"
+    content = read_json(file)
+    del content["regions_class_order"]
+    write_json(file, {**content, "labels": {"background": 0, "oedema": 1, "core": 2, "enhancing": 3}})
+
+
+@pytest.fixture
+def plain_raw(tiny_raw: Path, tiny_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the data set of all tests here with labels that exclude each other."""
+    raw = shutil.copytree(tiny_raw, tmp_path / "plain_raw")
+    as_plain_labels(raw)
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+    return raw
+
+
+def test_regions_that_a_data_set_has_already_are_refused_before_training(tiny_folders: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"site 'north': score_regions is .* dataset\.json has regions already"):
+        prepared(tiny_folders / "site", config=replace(CONFIG, score_regions={"whole": [1, 2, 3]}))
+
+
+def test_a_region_of_a_label_that_a_data_set_lacks_is_refused_before_training(
+    plain_raw: Path, tiny_folders: Path
+) -> None:
+    with pytest.raises(EvaluationError, match=r"site 'north': score_regions: 'whole' .* no label of \[4\]"):
+        prepared(tiny_folders / "site", config=replace(CONFIG, score_regions={"whole": [1, 2, 4]}))
+
+
+def test_whole_cases_are_scored_by_regions_that_the_model_and_its_training_know_nothing_of(
+    plain_raw: Path, tiny_folders: Path
+) -> None:
+    for images in ("images", "labels"):
+        shutil.copytree(plain_raw / DATASET / f"{images}Ts", plain_raw / DATASET / f"{images}Common")
+    regions = {"whole": [1, 2, 3], "inner": [2, 3]}
+    reports, sent = {}, {}
+    for name, config in {"labels": CONFIG, "regions": replace(CONFIG, score_regions=regions)}.items():
+        opened, payload = prepared(tiny_folders / name, config=config)
+        sent[name] = trained(site := opened(), payload, 0)
+        reports[name] = site.handle(Task.FINISH, Message({})).meta["report"]
+        model = tiny_folders / "results" / reports[name]["model_folder"]
+        assert list(read_json(model / "dataset.json")["labels"]) == ["background", "oedema", "core", "enhancing"]
+    assert same(sent["labels"].tensors, sent["regions"].tensors)
+    assert sent["labels"].meta["metrics"] == sent["regions"].meta["metrics"]
+    assert "score_regions" not in reports["labels"]
+    assert reports["regions"]["score_regions"] == regions
+    for scores in ("test", "validation", "common"):
+        assert set(reports["labels"][scores]["dice"]) == {"oedema", "core", "enhancing"}
+        dice = reports["regions"][scores]["dice"]
+        assert set(dice) == set(reports["regions"][scores]["hd95"]) == {"whole", "inner"}
+        assert reports["regions"][scores]["mean_dice"] == pytest.approx(sum(dice.values()) / 2)
+    predictions = tiny_folders / "results" / reports["regions"]["model_folder"] / "predictions" / "imagesTs"
+    (case,) = [path.name for path in predictions.glob("*.nii.gz")]
+    found, true = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(folder / case))) > 0
+        for folder in (predictions, plain_raw / DATASET / "labelsTs")
+    )
+    expected = 2 * (found & true).sum() / (found.sum() + true.sum())
+    assert reports["regions"]["test"]["dice"]["whole"] == pytest.approx(expected)

@@ -21,7 +21,7 @@ from fedcmt.data.split import dataset_names, make_cuts
 from fedcmt.job_folder import Override, apply_overrides, cohort_of, demo_profile, find_job, parse_override, stage
 from fedcmt.json_file import read_json, write_json
 
-_SAME_AT_EACH_SITE = ("task", "classes", "modality", "channels", "fold")
+_SAME_AT_EACH_SITE = ("task", "classes", "modality", "channels", "fold", "score_regions")
 _OWN_OF_A_POOLED_SITE = ("dataset_id", "task", "classes", "modality", "channels")
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 _RESERVED_LABELS = ("jobs", "preprocessed", "nnUNet_raw", "previous")
@@ -357,16 +357,16 @@ def readable_settings(job: StagedJob) -> dict[str, Any]:
     """`method_settings` with dotted keys: a value that all sites share stands once; data sets and empty objects not."""
     settings = method_settings(job)
     sites = {
-        name: {key: value for key, value in flattened(own).items() if key not in _OWN_OF_A_POOLED_SITE}
+        name: {k: v for k, v in flattened(own).items() if k not in _OWN_OF_A_POOLED_SITE and v != {}}
         for name, own in settings.pop("sites").items()
     }
     readable = {key: value for key, value in flattened(settings).items() if value != {}}
     first = next(iter(sites.values()))
-    for key in first:
-        if all(own[key] == first[key] for own in sites.values()):
+    for key in dict.fromkeys(key for own in sites.values() for key in own):
+        if all(key in own and own[key] == first[key] for own in sites.values()):
             readable[f"sites.{key}"] = first[key]
         else:
-            readable |= {f"{name}.{key}": own[key] for name, own in sites.items()}
+            readable |= {f"{name}.{key}": own[key] for name, own in sites.items() if key in own}
     return readable
 
 
@@ -462,8 +462,10 @@ def sites_of_test_cases(staged: Sequence[StagedJob], raw: Path) -> dict[str, str
         (name, site), *_ = job.config.sites.items()
         where = f"{job.method.label}: data set {site.dataset_id} of site {name!r}"
         for other_name, other in config.sites.items():
-            if (_labels(raw, other), other.task) != (_labels(raw, site), site.task):
-                raise ComparisonError(f"{where} has other labels or another task than site {other_name!r}")
+            if _scored(raw, other) != _scored(raw, site):
+                raise ComparisonError(
+                    f"{where} has other labels or another task than site {other_name!r}, or other score_regions"
+                )
         _check_same_cases(f"{where}: training cases", _cases(raw, site, "imagesTr"), training)
         _check_same_cases(f"{where}: test cases", _cases(raw, site, "imagesTs"), set(tests))
     return tests
@@ -479,8 +481,8 @@ def _cases(raw: Path, site: SiteConfig, images: str) -> set[str]:
     return set(list_cases(folder, read_dataset_json(folder), images=images))
 
 
-def _labels(raw: Path, site: SiteConfig) -> Any:
-    return read_dataset_json(find_dataset(raw, site.dataset_id))["labels"]
+def _scored(raw: Path, site: SiteConfig) -> tuple[Any, ...]:
+    return read_dataset_json(find_dataset(raw, site.dataset_id))["labels"], site.score_regions, site.task
 
 
 def _check_same_cases(where: str, own: set[str], theirs: set[str]) -> None:

@@ -133,7 +133,7 @@ class SiteConfig:
     nnU-Net does. Leave out the left-right axis where labels tell left from right."""
     score_common: bool = True
     """Score the exported model on the test cases that all sites share (``imagesCommon``) too, where there are any."""
-    score_regions: dict[str, list[int]] = field(default_factory=dict)
+    score_regions: dict[str, list[int]] = field(default_factory=dict, hash=False)
     """Segmentation only: region name to label ids of a data set without regions. Whole cases are then scored by these
     unions instead of by single labels; training, plans and label maps know nothing of them."""
     num_workers: int | None = None

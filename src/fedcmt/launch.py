@@ -1,5 +1,6 @@
 """One run of a job: its folder staged in the workspace, its data seen to, an engine started, its results kept."""
 
+import inspect
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from fedcmt.algorithms.fedmepd import FedMEPD
+from fedcmt.algorithms.base import Algorithm
+from fedcmt.algorithms.fedmepd import FUSION, FedMEPD
 from fedcmt.config import ConfigError, JobConfig, build_algorithm
 from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
@@ -31,6 +33,7 @@ from fedcmt.flare.simulator import run_simulator
 from fedcmt.job_folder import Override, add_site, apply_overrides, cohort_of, remove_site, stage
 from fedcmt.json_file import read_json, write_json
 from fedcmt.logs import LAUNCHER_PREFIX
+from fedcmt.models.fedmepd import FedMEPDNet
 from fedcmt.models.scopes import ALL_PERSONAL
 from fedcmt.privacy.server_half import LEDGER_FILE, check_algorithm
 from fedcmt.workspace import (
@@ -205,12 +208,42 @@ def _check_before_anything_runs(job: JobConfig) -> None:
             f"{type(algorithm).__name__} averages tensors by name alone. Use mode 'architecture' or 'consensus', or an "
             "algorithm whose scopes are by_shape, such as fedcmt.algorithms.asymmetric.AsymmetricFedAvg"
         )
-    calibrated = options.network == "FedMEPDNet" and options.network_options.get("calibrated", True)
-    if calibrated and not (isinstance(algorithm, FedMEPD) and algorithm.anchors):
+    if isinstance(algorithm, FedMEPD):
+        _check_one_fusion_site(job)
+    if options.network == FedMEPDNet.__name__ and options.network_options.get("calibrated", True):
+        _check_anchors(job, algorithm, options.network_options)
+
+
+def _check_one_fusion_site(job: JobConfig) -> None:
+    """The algorithm checks it too, but only once every site has read its data."""
+    found = [name for name, site in job.sites.items() if site.role == FUSION]
+    if len(found) != 1:
+        raise ConfigError(
+            f"job {job.name!r}: sites {found} of {list(job.sites)} have the role {FUSION!r}, FedMEPD needs exactly "
+            "one, with all sequences. Set role in the sites' site.json"
+        )
+
+
+def _check_anchors(job: JobConfig, algorithm: Algorithm, network_options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless the algorithm brings as many anchors as a calibrated network has."""
+    if not (isinstance(algorithm, FedMEPD) and algorithm.anchors):
         raise ConfigError(
             f"job {job.name!r}: planning.network is FedMEPDNet, whose features are calibrated by anchors, and "
             f"{type(algorithm).__name__} brings none. Set planning.network_options.calibrated to false"
         )
+    key = "anchors_per_class"
+    brought = _value_of(key, job.algorithm["args"], FedMEPD)
+    expected = _value_of(key, network_options, FedMEPDNet)
+    if brought != expected:
+        raise ConfigError(
+            f"job {job.name!r}: algorithm.{key} is {brought} and server.planning.network_options.{key} {expected}, "
+            "expected the same number. Set both"
+        )
+
+
+def _value_of(key: str, given: Mapping[str, Any], cls: type) -> Any:
+    """A setting, or where there is none, what the class takes it to be."""
+    return given.get(key, inspect.signature(cls).parameters[key].default)
 
 
 def _execute(run: Run, job: JobConfig) -> dict[str, Any]:

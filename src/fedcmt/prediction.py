@@ -4,7 +4,7 @@ References are compared with the images by name before anything is predicted: fo
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,9 @@ from fedcmt.nnunet.predict import check_images, check_model, list_images, predic
 
 _SCORES = ("metrics.json", "metrics.csv")
 
+ScoreRegions = Mapping[str, Sequence[int]]
+"""Region name -> label ids to score instead of the model's labels, as `with_score_regions` takes them."""
+
 
 @dataclass(frozen=True)
 class PredictionSettings:
@@ -29,15 +32,12 @@ class PredictionSettings:
       checkpoint: File name in the model folder's ``fold_all``.
       mirroring: Average over mirrored inputs.
       progress: Called with (cases done, cases in all).
-      score_regions: Segmentation only: what is scored instead of the model's labels, as `with_score_regions` takes it;
-        empty for its labels or regions.
     """
 
     device: torch.device
     checkpoint: str
     mirroring: bool
     progress: Callable[[int, int], None]
-    score_regions: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def segment(
@@ -47,6 +47,8 @@ def segment(
     labels: Path | None,
     settings: PredictionSettings,
     sequences: Subset | None = None,
+    *,
+    score_regions: ScoreRegions | None = None,
 ) -> None:
     """Write label maps, and ``metrics.json`` and ``metrics.csv`` with reference label maps.
 
@@ -57,21 +59,31 @@ def segment(
       labels: Folder of reference label maps; None for no scores.
       settings: How to predict.
       sequences: Those of the model's to go by, as in `predict_folder`; None for all channels.
+      score_regions: None to score the model's own labels or regions.
 
     Raises:
       DatasetError, PredictionInputError, OSError: As in `predict_folder`.
-      EvaluationError: If a reference has no images, or as in `evaluate_folder`.
+      EvaluationError: If a reference has no images, or as in `evaluate_folder` and `with_score_regions`.
     """
     dataset_json = check_model(model, settings.checkpoint)
+    scored = with_score_regions(dataset_json, score_regions or {}, str(model))
     if labels is not None:
         _check_label_maps(labels, dataset_json["file_ending"], list_images(images, dataset_json, sequences))
     _discard(output, _SCORES)
     predict_folder(model, images, output, **vars(settings), sequences=sequences)
     if labels is not None:
-        _score(output, labels, dataset_json)
+        _score(output, labels, scored)
 
 
-def segment_subsets(model: Path, images: Path, output: Path, labels: Path, settings: PredictionSettings) -> None:
+def segment_subsets(
+    model: Path,
+    images: Path,
+    output: Path,
+    labels: Path,
+    settings: PredictionSettings,
+    *,
+    score_regions: ScoreRegions | None = None,
+) -> None:
     """`segment` from every subset of a model's sequences, with scores, and a table of these.
 
     Everything is checked before the first subset. ``settings.progress`` counts a case once for each subset.
@@ -82,12 +94,14 @@ def segment_subsets(model: Path, images: Path, output: Path, labels: Path, setti
       output: Gets a folder for each subset, named as `folder_name` does, ``subsets.csv`` and ``subsets.md``.
       labels: Folder of reference label maps.
       settings: How to predict.
+      score_regions: As in `segment`.
 
     Raises:
       SubsetError: If a channel of the model is no MR sequence.
       DatasetError, PredictionInputError, EvaluationError, OSError: As in `segment`.
     """
     dataset_json = check_model(model, settings.checkpoint)
+    scored = with_score_regions(dataset_json, score_regions or {}, str(model))
     subsets = subsets_of(sequences_of(dataset_json))
     _check_label_maps(labels, dataset_json["file_ending"], check_images(images, dataset_json))
     _discard(output, (AS_CSV, AS_MARKDOWN))
@@ -96,7 +110,7 @@ def segment_subsets(model: Path, images: Path, output: Path, labels: Path, setti
         folder = output / folder_name(images.resolve().name, subset)
         part = replace(settings, progress=_progress_of_part(settings.progress, number, len(subsets)))
         segment(model, images, folder, None, part, subset)
-        scores[subset] = _score(folder, labels, dataset_json)
+        scores[subset] = _score(folder, labels, scored)
     write_subsets(scores, output)
 
 

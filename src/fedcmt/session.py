@@ -14,7 +14,6 @@ import torch
 from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.config import SiteConfig
 from fedcmt.data.classes import read_classes
-from fedcmt.evaluation.regions import with_score_regions
 from fedcmt.json_file import read_state
 from fedcmt.logs import root_logger_unchanged
 from fedcmt.messages import Message
@@ -121,7 +120,6 @@ class Session:
         self._dataset = dataset
         self._prepared = prepared
         self._random = RandomStream(derive_seed(prepared.seed, "site", name))
-        with_score_regions(prepared.dataset_json, config.score_regions, f"site {name!r}")  # or it fails after training
         self._classes = None
         if config.task == "classification":
             self._classes = read_classes(dataset, prepared.dataset_json, config.classes)

@@ -16,6 +16,7 @@ from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import SiteConfig
 from fedcmt.data.checks import check_dataset, find_dataset, read_dataset_json, read_splits
 from fedcmt.data.classes import read_classes
+from fedcmt.evaluation.regions import with_score_regions
 from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Message, Task
 from fedcmt.nnunet.fingerprint import Fingerprint, bin_policy
@@ -113,8 +114,10 @@ class Site:
             channels=self._config.channels,
             missing_channels=self._config.missing_channels,
         )
+        dataset_json = read_dataset_json(self._dataset)
+        with_score_regions(dataset_json, self._config.score_regions, f"site {self.name!r}")
         if self._config.task == "classification":
-            read_classes(self._dataset, read_dataset_json(self._dataset), self._config.classes)
+            read_classes(self._dataset, dataset_json, self._config.classes)
         cases = self._num_training_cases(summary.num_training)
         check_cases(terms, ledger, site=self.name, num_cases=cases, steps=self._config.local_steps)
         logger.info("%s: extracting the fingerprint", self.name)

@@ -10,6 +10,7 @@ import torch
 
 from fedcmt.config import JobConfig, OptimizerConfig, ServerConfig, SiteConfig
 from fedcmt.data.phantoms import make_brain_mr
+from fedcmt.evaluation.tables import results_table
 from fedcmt.inprocess import run_in_process
 from fedcmt.params import Params, load_tensors
 from fedcmt.workspace import THREADS_VARIABLE, environment
@@ -23,6 +24,7 @@ SITE = SiteConfig(
     loss="fedmepd",
     val_batches=1,
     mirroring=False,
+    score_regions={"whole_tumor": [1, 2, 3], "tumor_core": [2, 3], "enhancing_tumor": [3]},
     device="cpu",
 )
 SITES = {
@@ -52,6 +54,7 @@ class Runs:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.results: dict[str, dict[str, Any]] = {}
         for name, channels in CHANNELS.items():
             folder, seed = root / "raw" / name, int(name[7:10])
             make_brain_mr(
@@ -76,7 +79,9 @@ class Runs:
             THREADS_VARIABLE: "1",
         }
         with environment(variables):
-            return run_in_process(JobConfig(self.root, name, server, spec, SITES), self.root / name, resume=resume)
+            job = JobConfig(self.root, name, server, spec, SITES)
+            self.results[name] = run_in_process(job, self.root / name, resume=resume)
+        return self.results[name]
 
     def state(self, name: str) -> Params:
         return load_tensors(self.root / name / "server" / "state.safetensors")[0]
@@ -129,6 +134,18 @@ def test_oracle_26_a_personal_filter_is_no_longer_sent_and_differs_and_encoders_
     assert not any(name.startswith("decoder.") for name in names)
     pair, single = (runs.network("personal", site) for site in ("pair", "single"))
     assert not torch.equal(pair["decoder.head.weight"], single["decoder.head.weight"])
+
+
+def test_plain_labels_are_trained_on_and_nested_regions_scored_in_results_and_their_table(runs: Runs) -> None:
+    results = runs.results["whole"]
+    for report in results["sites"].values():
+        dice = report["test"]["dice"]
+        assert list(dice) == ["whole_tumor", "tumor_core", "enhancing_tumor"]
+        assert report["test"]["mean_dice"] == pytest.approx(sum(dice.values()) / 3)
+        model = runs.root / "whole" / "results" / report["model_folder"]
+        assert list(json.loads((model / "dataset.json").read_text())["labels"].values()) == [0, 1, 2, 3]
+    head = next(line for line in results_table(results).splitlines() if "mean Dice" in line)
+    assert head.split()[2:7] == ["whole_tumor", "tumor_core", "enhancing_tumor", "mean", "Dice"]
 
 
 def test_a_run_that_is_resumed_ends_as_one_that_is_not(runs: Runs) -> None:

@@ -211,27 +211,6 @@ def test_regions_are_unions_and_ignored_voxels_count_nowhere() -> None:
     assert [s["hd95"] for s in scores.values()] == pytest.approx([0.85, 0.9, HD95_PENALTY_MM])
 
 
-# Labels of FedMEPD's data: 1 necrotic or non-enhancing core (NCR), 2 oedema (ED), 3 enhancing tumour (ET).
-BRATS = {"labels": {"background": 0, "WT": [1, 2, 3], "TC": [1, 3], "ET": 3}}
-
-
-@pytest.mark.parametrize(
-    ("prediction", "reference", "dice"),
-    [
-        ([0, 0, 0], [0, 0, 0], {"WT": 1, "TC": 1, "ET": 1}),
-        ([0, 3, 0], [0, 0, 0], {"WT": 0, "TC": 0, "ET": 0}),
-        ([0, 1, 1], [0, 1, 1], {"WT": 1, "TC": 1, "ET": 1}),
-        ([0, 1, 1], [0, 0, 0], {"WT": 0, "TC": 0, "ET": 1}),
-        ([0, 2, 2], [0, 0, 0], {"WT": 0, "TC": 1, "ET": 1}),
-        ([3, 1, 2], [1, 2, 0], {"WT": 0.8, "TC": 2 / 3, "ET": 0}),
-    ],
-    ids=["both empty", "only predicted", "core alone", "core counts in WT and TC", "oedema in WT alone", "by hand"],
-)
-def test_oracle_25_dice_of_brats_regions(prediction: list[int], reference: list[int], dice: dict[str, float]) -> None:
-    scores = case_scores(np.array([prediction]), np.array([reference]), BRATS, (1, 1))
-    assert {region: own["dice"] for region, own in scores.items()} == pytest.approx(dice)
-
-
 def test_shapes_must_match() -> None:
     with pytest.raises(EvaluationError, match=r"\(2, 3\).*\(3, 2\)"):
         case_scores(np.zeros((2, 3)), np.zeros((3, 2)), ORGAN, (1, 1))
