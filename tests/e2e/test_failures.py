@@ -149,7 +149,7 @@ def test_a_workspace_inside_the_jobs_is_refused_and_not_made() -> None:
 )
 def test_what_a_run_is_made_of_does_not_change_on_resume(in_process: Finished, setting: str, key: str) -> None:
     run = launch(in_process.workspace, "brats_sdl", "--engine", "inprocess", "--resume", "--set", setting)
-    refused(run, f"server.{key} is", "since this run began", "--workspace")
+    refused(run, f"server.{key} is", "since this federation began", "begin a new federation")
 
 
 def test_a_cohort_is_not_cut_for_sites_that_do_not_use_it(copied_raw: Path, tmp_path: Path) -> None:

@@ -137,6 +137,27 @@ def test_channels_in_another_order_are_refused_where_tensors_go_by_their_number(
             initial(sites, other)
 
 
+@pytest.mark.parametrize(("network", "few_refused"), [("plan", False), ("MUNet", True)])
+def test_averaging_by_shape_needs_one_order_where_shapes_agree(
+    network: str, few_refused: bool, fingerprints: dict[str, dict]
+) -> None:
+    """A first convolution of one channel and one of two have nothing in common; encoders 0 of two M-Unets have."""
+    few, many = fingerprints["small"], {**fingerprints["wide"], "channel_names": ["FLAIR", "T1"]}
+    turned = {**many, "channel_names": ["T1", "FLAIR"]}
+
+    def initial(sent: dict[str, dict]) -> Params:
+        asked = planner("own", network)
+        return asked.initial(asked.plan(sent, {}), sent, dict.fromkeys(sent, "MR"), AsymmetricFedAvg.scopes)
+
+    if few_refused:
+        with pytest.raises(ValueError, match=r"'T1' is channel 1 of site 'many' and channel 0 of site 'few'"):
+            initial({"few": few, "many": many})
+    else:
+        initial({"few": few, "many": many})
+    with pytest.raises(ValueError, match=r"'T1' is channel 0 of site 'turned' and channel 1 of site 'many'"):
+        initial({"many": many, "turned": turned})
+
+
 @pytest.mark.parametrize("mode", ["architecture", "own"])
 def test_known_plans_stay_when_nobody_joins(fingerprints: dict[str, dict], mode: str) -> None:
     known = planner(mode).plan({"small": fingerprints["small"]}, {})

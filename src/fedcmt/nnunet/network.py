@@ -98,7 +98,7 @@ def initial_parameters(
             network = build_network(own, configuration, len(channels), fingerprints[sites[0]].dataset_json())
         tensors = named_tensors(network)
         if _averages_by_channel_number(network, rules):
-            _check_channel_order(fingerprints)
+            _check_channel_order(fingerprints, by_count=rules.by_shape and not _numbered_by_channel(network))
         partition = Partition(
             rules,
             shapes(tensors),
@@ -113,17 +113,29 @@ def initial_parameters(
 def _averages_by_channel_number(network: nn.Module, rules: ScopeRules) -> bool:
     """Whether sites average tensors that belong to input channels by their number, whatever the channels are."""
     scopes = rules.scopes_of(named_tensors(network))
-    prefixes: tuple[str, ...] = getattr(network, "prefixes_by_channel", ())
-    of_channels = {name for name in scopes if name.startswith(prefixes)} | input_parameters(network)
+    of_channels = _numbered_by_channel(network) | input_parameters(network)
     return any(scopes[name] is Scope.SHARED for name in of_channels)
 
 
-def _check_channel_order(fingerprints: Mapping[str, Fingerprint]) -> None:
-    """Refuse a channel that has one number at a site and another one at another site."""
-    first: dict[str, tuple[str, int]] = {}
+def _numbered_by_channel(network: nn.Module) -> frozenset[str]:
+    """Names of the parameters that have a channel's number in their names, as `MUNet` has an encoder for each."""
+    prefixes: tuple[str, ...] = getattr(network, "prefixes_by_channel", ())
+    return frozenset(name for name in named_tensors(network) if name.startswith(prefixes))
+
+
+def _check_channel_order(fingerprints: Mapping[str, Fingerprint], *, by_count: bool) -> None:
+    """Refuse a channel that has one number at a site and another one at another site.
+
+    Args:
+      fingerprints: Site to what it sent.
+      by_count: Whether only sites with as many channels average what faces them: others' tensors have other shapes.
+    """
+    first: dict[tuple[str, int], tuple[str, int]] = {}
     for site in sorted(fingerprints):
-        for number, channel in enumerate(fingerprints[site].channel_names):
-            other, expected = first.setdefault(slot_name(channel), (site, number))
+        names = fingerprints[site].channel_names
+        for number, channel in enumerate(names):
+            alike = (slot_name(channel), len(names) if by_count else 0)
+            other, expected = first.setdefault(alike, (site, number))
             if number != expected:
                 raise ValueError(
                     f"planning: {channel!r} is channel {number} of site {site!r} and channel {expected} of site "
