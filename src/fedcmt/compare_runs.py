@@ -191,9 +191,8 @@ def _unless(
 def _run_one(run: PlannedRun, engine: Engine, threads: int, environment: Mapping[str, str]) -> Measured:
     logger.info("%s, seed %d: started, %s", run.label, run.seed, run.log)
     run.workspace.mkdir(parents=True, exist_ok=True)
-    child = child_environment(SOURCES, {"OMP_NUM_THREADS": str(threads), **environment})
-    if "nnUNet_results" not in environment:
-        child.pop("nnUNet_results", None)
+    extra = {"OMP_NUM_THREADS": str(threads), **environment}
+    child = child_environment(SOURCES, extra, without=["nnUNet_results"])
     command = [sys.executable, "-m", "fedcmt.compare_runs", "--job", str(run.folder), "--workspace", str(run.workspace)]
     command += ["--engine", engine, "--seed", str(run.seed), "--threads", str(threads)]
     started = time.monotonic()

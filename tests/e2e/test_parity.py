@@ -17,16 +17,10 @@ from fedcmt.data.phantoms import make_brain_mr
 from fedcmt.inprocess import run_in_process
 from fedcmt.params import Params, load_tensors
 from fedcmt.workspace import THREADS_VARIABLE, environment
+from tests import tiny
 
 ROUNDS, STEPS = 2, 2
-PLANNING = {
-    "mode": "architecture",
-    "base_features": 4,
-    "max_features": 8,
-    "max_stages": 3,
-    "max_patch_size": [16, 16, 24],
-    "batch_size": 2,
-}
+PLANNING = {**tiny.PLANNING, "extra_stem_convolution": False}
 SITE = SiteConfig(
     801,
     "MR",

@@ -40,7 +40,7 @@ _PRECISION = 5e-5
 LEAST_NOISE, MOST_NOISE = 1e-12, 1e15
 """What accountants can compute with."""
 
-LEAST_DELTA = 1e-100
+_LEAST_DELTA = 1e-100
 _LARGEST_LOG_NOISE = 30.0
 
 
@@ -86,8 +86,7 @@ def epsilon(releases: Sequence[Release], delta: float, accountant: Accountant = 
     Raises:
       ValueError: Naming the argument.
     """
-    delta_ok = is_number(delta) and LEAST_DELTA <= delta < 1
-    require(delta_ok, _WHERE, "delta", delta, f"from {LEAST_DELTA:g}, below 1")
+    require_delta(_WHERE, delta)
     require(accountant in ACCOUNTANTS, _WHERE, "accountant", accountant, " or ".join(ACCOUNTANTS))
     counts: Counter[tuple[float, float]] = Counter()
     for release in releases:
@@ -224,6 +223,12 @@ def _last(holds: Callable[[int], bool], known: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def require_delta(where: str, delta: object) -> None:
+    """Raise ValueError, naming ``where``, unless it is a delta that accountants can compute with."""
+    ok = is_number(delta) and _LEAST_DELTA <= delta < 1
+    require(ok, where, "delta", delta, f"from {_LEAST_DELTA:g}, below 1")
 
 
 def _require_positive(key: str, value: object) -> None:

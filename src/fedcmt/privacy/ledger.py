@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcmt.json_file import write_json
-from fedcmt.privacy.accounting import ACCOUNTANTS, LEAST_DELTA, Accountant, Release, epsilon
+from fedcmt.privacy.accounting import ACCOUNTANTS, Accountant, Release, epsilon, require_delta
 from fedcmt.settings import is_int, is_number, require
 
 _TOLERANCE = 1e-3
@@ -64,8 +64,7 @@ class PrivacyLedger:
     ) -> None:
         where = f"privacy ledger {path}"
         limited = is_number(max_epsilon) and max_epsilon > 0
-        delta_ok = is_number(delta) and LEAST_DELTA <= delta < 1
-        require(delta_ok, where, "delta", delta, f"from {LEAST_DELTA:g}, below 1")
+        require_delta(where, delta)
         require(max_epsilon is None or limited, where, "max_epsilon", max_epsilon, "null or a number above 0")
         require(accountant in ACCOUNTANTS, where, "accountant", accountant, " or ".join(ACCOUNTANTS))
         self.path = path

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from fedcmt.privacy.accounting import LEAST_DELTA, LEAST_NOISE, MOST_NOISE
+from fedcmt.privacy.accounting import LEAST_NOISE, MOST_NOISE, require_delta
 from fedcmt.settings import is_int, is_number, read_settings, require
 
 Mode = Literal["none", "compat_noise", "central_client_dp", "distributed_client_dp", "instance_dp"]
@@ -70,8 +70,7 @@ class PrivacyTerms:
     def _check(self, where: str) -> None:
         require(isinstance(self.mode, str) and self.mode in PROTECTS, where, "mode", self.mode, ", ".join(PROTECTS))
         require(is_number(self.clip) and self.clip > 0, where, "clip", self.clip, "a number above 0")
-        delta_ok = is_number(self.delta) and LEAST_DELTA <= self.delta < 1
-        require(delta_ok, where, "delta", self.delta, f"from {LEAST_DELTA:g}, below 1")
+        require_delta(where, self.delta)
         limit = self.max_epsilon
         require(limit is None or (is_number(limit) and limit > 0), where, "max_epsilon", limit, "null or above 0")
         require(self.accountant in ("pld", "rdp"), where, "accountant", self.accountant, "pld or rdp")
