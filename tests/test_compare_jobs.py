@@ -25,6 +25,7 @@ from fedcmt.config import ConfigError
 
 FEDAVG = {"path": "fedcmt.algorithms.fedavg.FedAvg", "args": {}}
 FEDCMT = {"path": "fedcmt.algorithms.fedcmt.FedCMT", "args": {"radius": 0.25}}
+FEDMEPD = {"path": "fedcmt.algorithms.fedmepd.FedMEPD", "args": {}}
 
 
 def write_job(
@@ -204,6 +205,15 @@ def test_other_data_folds_or_steps_are_refused_by_name(jobs: Path, override: tup
     methods = [Method("a", "plain"), Method("b", "adapters", (override,))]
     with pytest.raises(ComparisonError, match=expected):
         stage_methods(jobs, methods, Frame(), jobs.parent / "staged")
+
+
+def test_steps_are_counted_in_the_turns_that_a_site_gets(jobs: Path) -> None:
+    """FedMEPD's first round is the fusion site's alone, so its 4 rounds of 5 are 15 steps at the other site."""
+    write_job(jobs, "turns", {"north": {"dataset_id": 1}, "south": {"dataset_id": 2, "role": "fusion"}}, FEDMEPD, 4)
+    with pytest.raises(ComparisonError, match=r"steps of south is 15 there and 20 here"):
+        staged(jobs, "plain", "turns")
+    methods = [Method("a", "plain", (("south.local_steps", 8),)), Method("b", "turns", (("south.local_steps", 6),))]
+    stage_methods(jobs, methods, Frame(), jobs.parent / "staged")
 
 
 def test_a_one_site_job_must_take_as_many_steps(jobs: Path) -> None:

@@ -6,14 +6,17 @@ except the seed, so that what ran can be read there. Data sets that a job genera
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedcmt.algorithms.base import Participant
 from fedcmt.config import SERVER_CONFIG, JobConfig, SiteConfig, build_algorithm, component, site_apps, workflow_args
 from fedcmt.data.checks import find_dataset, list_cases, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
@@ -24,6 +27,8 @@ from fedcmt.json_file import read_json, write_json
 _SAME_AT_EACH_SITE = ("task", "classes", "modality", "channels", "fold", "score_regions")
 _OWN_OF_A_POOLED_SITE = ("dataset_id", "task", "classes", "modality", "channels")
 _LABEL = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+_SAME_STEPS = 0.01
+"""Numbers of steps count as equal up to this share: FedMEPD's first round of a thousand is the fusion site's alone."""
 _RESERVED_LABELS = ("jobs", "preprocessed", "nnUNet_raw", "previous")
 
 
@@ -266,10 +271,10 @@ def check_comparable(staged: Sequence[StagedJob]) -> None:
     most = max(_steps(first.config).values())
     for other in [*others, *pooled(staged)]:
         steps = dict.fromkeys(other.config.sites, most) if other.is_pooled else _steps(first.config)
-        if difference := _first_difference(steps, _steps(other.config)):
+        if difference := _first_difference(steps, _steps(other.config), within=_SAME_STEPS):
             raise ComparisonError(
                 f"{first.method.label} and {other.method.label} do not train equally long: steps of {difference}. "
-                "Give --rounds and --local-steps."
+                "Give --rounds and --local-steps, or each --variant its server.num_rounds and SITE.local_steps."
             )
     for other in pooled(staged):
         if {other.config.sites[site].fold for site in other.config.sites} != {
@@ -315,13 +320,24 @@ def _patients(cohort: Mapping[str, Mapping[str, Any]], dataset_id: int) -> int |
 
 
 def _steps(config: JobConfig) -> dict[str, int]:
-    return {name: config.server.num_rounds * site.local_steps for name, site in config.sites.items()}
+    """Site to the optimiser steps it takes: its own of a round, as often as the algorithm gives it a turn."""
+    algorithm = build_algorithm(config.algorithm)
+    sites = [Participant(name, site.modality, (), 1, {}, site.role) for name, site in config.sites.items()]
+    played = Counter(
+        site.name
+        for round_idx in range(config.server.num_rounds)
+        for turn in algorithm.turns(round_idx, sites)
+        for site in turn
+    )
+    return {name: played[name] * site.local_steps for name, site in config.sites.items()}
 
 
-def _first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+def _first_difference(one: Mapping[str, Any], other: Mapping[str, Any], within: float = 0.0) -> str | None:
+    """The first key whose values differ; numbers, with ``within``, by more than that share of the larger."""
     for key in [*one, *(key for key in other if key not in one)]:
-        if one.get(key) != other.get(key):
-            return f"{key} is {one.get(key)!r} there and {other.get(key)!r} here"
+        there, here = one.get(key), other.get(key)
+        if there != here and not (within and math.isclose(there, here, rel_tol=within)):
+            return f"{key} is {there!r} there and {here!r} here"
     return None
 
 
