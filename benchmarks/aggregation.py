@@ -1,6 +1,6 @@
 """Conflict-averse aggregation beside plain passes over the same bytes, and beside FedHCA2's way.
 
-``python benchmarks/aggregation.py`` prints, for updates mapped from safetensors files:
+``python benchmarks/aggregation.py`` prints, for updates on disk as the server has them (`fedcmt.uploads`):
 
 (a) Gram matrix and combination over NumPy reading the same bytes twice with one sgemm per chunk;
 (b) FedHCA2's way (stack flattened copies, one Gram product, SciPy's SLSQP, weighted sum) over ours;
@@ -27,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
@@ -36,8 +34,9 @@ from fedcmt.algorithms.base import Participant, State, Update
 from fedcmt.algorithms.conflict_averse import GramMatrix, combine, rescale, solve
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.params import Params
+from fedcmt.uploads import SpooledUpdates, StoredTensors
 
-Updates = dict[str, Params]
+Updates = dict[str, StoredTensors]
 
 CHUNK = 2**16
 RADIUS = 0.4
@@ -55,29 +54,30 @@ def main() -> None:
     parser.add_argument("--round-elements", type=int, default=1_000_000, help="float32 numbers per update there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:  # first: memory that others have freed would serve unseen
-        small = _mapped_updates(Path(folder), options.sites, options.round_elements, options.tensors)
+        small = _stored_updates(Path(folder), options.sites, options.round_elements, options.tensors)
         _fit_memory(small, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        updates = _mapped_updates(Path(folder), options.sites, options.elements, options.tensors)
+        updates = _stored_updates(Path(folder), options.sites, options.elements, options.tensors)
         _compare_passes(updates, options.turns)
         _time_rounds(updates, options.turns)
     _compare_solvers(options.solver_sites)
 
 
-def _mapped_updates(folder: Path, num_sites: int, num_elements: int, num_tensors: int) -> Updates:
-    """Random updates with a common part, as views of one file per site; sizes differ as those of layers do."""
+def _stored_updates(folder: Path, num_sites: int, num_elements: int, num_tensors: int) -> Updates:
+    """Random updates of an encoder with a common part, a file per site; sizes differ as those of layers do."""
     sizes = np.linspace(1, 20, num_tensors) ** 2
     sizes = np.maximum(1, sizes / sizes.sum() * num_elements).astype(int)
     sizes[-1] += num_elements - sizes.sum()
     common = [torch.randn(int(n), generator=torch.Generator().manual_seed(n_idx)) for n_idx, n in enumerate(sizes)]
     updates: Updates = {}
+    spool = SpooledUpdates(folder)
     for site in range(num_sites):
         generator = torch.Generator().manual_seed(1000 + site)
-        own = {f"t{k:03}": torch.randn(len(c), generator=generator) + 0.3 * c for k, c in enumerate(common)}
-        path = folder / f"site{site:02}.safetensors"
-        save_file(own, path)
-        with safe_open(path, framework="pt") as file:
-            updates[path.stem] = {name: file.get_tensor(name) for name in own}
+        own = {
+            f"encoder.stages.{1 + k % 5}.t{k:03}": torch.randn(len(c), generator=generator) + 0.3 * c
+            for k, c in enumerate(common)
+        }
+        updates[f"site{site:02}"] = spool.add(f"site{site:02}", own)
     return updates
 
 
@@ -239,18 +239,14 @@ def _fit_memory(updates: Updates, num_rounds: int, first: int = 10) -> None:
 def _federation(updates: Updates, num_rounds: int) -> tuple[FedCMT, State, list[Participant]]:
     """FedCMT before its first round, with one tensor of the encoder for each of an update's."""
     algorithm = FedCMT()
-    initial = {name: torch.zeros_like(tensor) for name, tensor in _encoder(next(iter(updates.values()))).items()}
+    initial = {name: torch.zeros_like(tensor) for name, tensor in next(iter(updates.values())).items()}
     wire_shapes = {name: tuple(tensor.shape) for name, tensor in initial.items()}
     participants = [Participant(site, "MR", ("T1",), 10 + k, wire_shapes) for k, site in enumerate(updates)]
     return algorithm, algorithm.init(initial, participants, num_rounds), participants
 
 
 def _uploads(updates: Updates) -> dict[str, Update]:
-    return {site: Update(_encoder(update), 10 + k, 250) for k, (site, update) in enumerate(updates.items())}
-
-
-def _encoder(update: Params) -> Params:
-    return {f"encoder.stages.{1 + k % 5}.{name}": tensor for k, (name, tensor) in enumerate(update.items())}
+    return {site: Update(update, 10 + k, 250) for k, (site, update) in enumerate(updates.items())}
 
 
 def _seconds(way: Callable[[Updates], object], updates: Updates) -> float:

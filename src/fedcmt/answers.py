@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from fedcmt.algorithms.base import Participant, Update
 from fedcmt.messages import Channel, Failure, Keep, Message, Task, as_it_is
-from fedcmt.params import ParameterError, Params, check_finite, check_shapes, is_dense, shapes
+from fedcmt.params import ParameterError, Params, Tensors, check_finite, check_shapes, is_dense, shapes
 from fedcmt.settings import is_int
 
 _MOST_CASES = 10**7
@@ -186,14 +186,14 @@ def _read_metrics(metrics: object, where: str) -> dict[str, float]:
     return metrics
 
 
-def _check_types(delta: Params, received: Params, where: str) -> None:
+def _check_types(delta: Tensors, received: Tensors, where: str) -> None:
     """Raise `ParameterError` if an update has other types than what it is an update of."""
     wrong = [f"{n} {t.dtype} instead of {received[n].dtype}" for n, t in delta.items() if t.dtype != received[n].dtype]
     if wrong:
         raise ParameterError(f"{where}: {len(wrong)} tensors have another type: {wrong[:4]}")
 
 
-def _check_size(delta: Params, where: str) -> None:
+def _check_size(delta: Tensors, where: str) -> None:
     """Raise `ParameterError` if an update is zero or beyond anything that training does to weights."""
     largest = _largest(delta)
     if largest and not any(largest.values()):
@@ -218,7 +218,7 @@ def _check_extras(extras: Params, request: Message, takes_extras: bool, where: s
         raise ParameterError(f"{where}: extras {_short(beyond[:4])} have values beyond {_LARGEST_VALUE:.0e}")
 
 
-def _largest(tensors: Params) -> dict[str, float]:
+def _largest(tensors: Tensors) -> dict[str, float]:
     return {name: float(tensor.abs().max()) for name, tensor in tensors.items() if tensor.numel()}
 
 

@@ -7,11 +7,12 @@ except the seed, so that what ran can be read there. Data sets that a job genera
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -271,7 +272,7 @@ def check_comparable(staged: Sequence[StagedJob]) -> None:
     most = max(_steps(first.config).values())
     for other in [*others, *pooled(staged)]:
         steps = dict.fromkeys(other.config.sites, most) if other.is_pooled else _steps(first.config)
-        if difference := _first_difference(steps, _steps(other.config), within=_SAME_STEPS):
+        if difference := _first_difference(steps, _steps(other.config), _as_long):
             raise ComparisonError(
                 f"{first.method.label} and {other.method.label} do not train equally long: steps of {difference}. "
                 "Give --rounds and --local-steps, or each --variant its server.num_rounds and SITE.local_steps."
@@ -332,12 +333,16 @@ def _steps(config: JobConfig) -> dict[str, int]:
     return {name: played[name] * site.local_steps for name, site in config.sites.items()}
 
 
-def _first_difference(one: Mapping[str, Any], other: Mapping[str, Any], within: float = 0.0) -> str | None:
-    """The first key whose values differ; numbers, with ``within``, by more than that share of the larger."""
+def _as_long(steps: int, others: int) -> bool:
+    return math.isclose(steps, others, rel_tol=_SAME_STEPS)
+
+
+def _first_difference(
+    one: Mapping[str, Any], other: Mapping[str, Any], same: Callable[[Any, Any], bool] = operator.eq
+) -> str | None:
     for key in [*one, *(key for key in other if key not in one)]:
-        there, here = one.get(key), other.get(key)
-        if there != here and not (within and math.isclose(there, here, rel_tol=within)):
-            return f"{key} is {there!r} there and {here!r} here"
+        if not same(one.get(key), other.get(key)):
+            return f"{key} is {one.get(key)!r} there and {other.get(key)!r} here"
     return None
 
 

@@ -23,7 +23,7 @@ from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.models.sequences import SEQUENCES
-from fedcmt.params import ParameterError, Params, check_shapes, load_newest, save_tensors
+from fedcmt.params import ParameterError, Params, Tensors, check_shapes, load_newest, save_tensors
 from fedcmt.privacy.ledger import BudgetExceeded
 from fedcmt.privacy.server_half import ServerPrivacy, check_update
 from fedcmt.randomness import derive_seed
@@ -349,7 +349,7 @@ class Federation:
         self,
         updates: Mapping[str, Update],
         round_idx: int,
-        keep: Callable[[str, Params], Params],
+        keep: Callable[[str, Tensors], Tensors],
         found: dict[str, float],
     ) -> dict[str, Update]:
         """A turn's updates within ``max_norm_ratio``, if there is one; the factors are added to those ``found``."""

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from fedcmt.algorithms.base import Update
-from fedcmt.params import Params
+from fedcmt.params import Tensors
 from fedcmt.settings import is_number, require
 
 FEWEST_SITES = 3
@@ -49,7 +49,9 @@ def influence_factors(updates: Mapping[str, Update], ratio: float) -> dict[str, 
 
 
 def scale_updates(
-    updates: Mapping[str, Update], factors: Mapping[str, float], keep: Callable[[str, Params], Params]
+    updates: Mapping[str, Update],
+    factors: Mapping[str, float],
+    keep: Callable[[str, Tensors], Tensors],
 ) -> dict[str, Update]:
     """The updates, those with a factor below 1 scaled by it.
 

@@ -15,7 +15,7 @@ from fedcmt.config import JobConfig, build_algorithm
 from fedcmt.federation import Federation
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is, failure_of
 from fedcmt.nnunet.planner import FederatedPlanner
-from fedcmt.params import Params
+from fedcmt.params import Params, Tensors
 from fedcmt.site import Site
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def _report(writer: SummaryWriter, round_idx: int, curves: Mapping[str, float]) 
 
 
 def _copied(message: Message) -> Message:
-    def copies(tensors: Params) -> Params:
+    def copies(tensors: Tensors) -> Params:
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
     return Message(message.meta, copies(message.tensors), copies(message.extras))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from fedcmt.params import Params
+from fedcmt.params import Params, Tensors
 
 
 class Task(StrEnum):
@@ -29,7 +29,7 @@ class Message:
     """
 
     meta: dict[str, Any]
-    tensors: Params = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
     extras: Params = field(default_factory=dict)
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
@@ -23,12 +23,39 @@ logger = logging.getLogger(__name__)
 
 Params = dict[str, Tensor]
 
+Tensors = Mapping[str, Tensor]
+"""Named tensors that are only read; those of an update may be in a file."""
+
 _META_KEY = "fedcmt"
 _CHECKSUM_KEY = "fedcmt_sha256"
 
 
 class ParameterError(ValueError):
     """Tensors whose names, shapes or values are not what the receiver holds."""
+
+
+class Selection(Mapping[str, Tensor]):
+    """Some of a mapping's tensors, each asked for when it is needed: those in a file are not all mapped at once.
+
+    Args:
+      tensors: The whole mapping.
+      names: Which of its names are in; their order is kept.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        self._tensors = tensors
+        self._names = dict.fromkeys(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def named_tensors(network: nn.Module) -> Params:
@@ -172,7 +199,6 @@ def save_tensors(
     meta: Mapping[str, object],
     *,
     before: Path | None = None,
-    checksum: bool = True,
 ) -> None:
     """Write tensors and plain values as one safetensors file, atomically: readers see the old file or the new one.
 
@@ -181,15 +207,12 @@ def save_tensors(
       tensors: Name to tensor, of any type and stride.
       meta: What `json` can write.
       before: Where the file that was at ``path`` goes once the new one is complete; None replaces it.
-      checksum: Whether the file says what `load_tensors` is to find in it. Needless for files that no other process
-        reads.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     plain, values = _storable(tensors), json.dumps(meta)
-    metadata = {_META_KEY: values} | ({_CHECKSUM_KEY: _checksum(plain, values)} if checksum else {})
     try:
-        save_file(plain, temporary, metadata=metadata)
+        save_file(plain, temporary, metadata={_META_KEY: values, _CHECKSUM_KEY: _checksum(plain, values)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         if before is not None and path.exists():
@@ -199,13 +222,12 @@ def save_tensors(
         temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path: Path, *, needs: Collection[str] = (), checksum: bool = True) -> tuple[Params, dict]:
-    """Read what `save_tensors` wrote: tensors on the CPU and the plain values.
+def load_tensors(path: Path, *, needs: Collection[str] = ()) -> tuple[Params, dict]:
+    """Read what `save_tensors` wrote, which must be there to the bit: tensors on the CPU and the plain values.
 
     Args:
       path: The file.
       needs: Keys that its plain values must have.
-      checksum: Whether it was written with one; the content must then be what was written, to the bit.
 
     Raises:
       FileNotFoundError: If there is no such file.
@@ -218,7 +240,7 @@ def load_tensors(path: Path, *, needs: Collection[str] = (), checksum: bool = Tr
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         values = metadata[_META_KEY]
-        if checksum and metadata[_CHECKSUM_KEY] != _checksum(tensors, values):
+        if metadata[_CHECKSUM_KEY] != _checksum(tensors, values):
             raise ValueError("its checksum is not that of its content")
         meta = json.loads(values)
         if missing := sorted(set(needs) - set(meta)):

@@ -19,7 +19,7 @@ from fedcmt.algorithms.fedavg import weighted_mean
 from fedcmt.config import ContributionConfig
 from fedcmt.evaluation.contribution import Game, directions, play
 from fedcmt.messages import Channel, Failure, Message, Task
-from fedcmt.params import Params
+from fedcmt.params import Selection
 from fedcmt.settings import is_number
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Assessment:
         return curves | {f"update_cosine/{pair}": value for pair, value in self.cosines.items()}
 
 
-def comparable(updates: Mapping[str, Update]) -> dict[str, Params]:
+def comparable(updates: Mapping[str, Update]) -> dict[str, Selection]:
     """The tensors that most sites sent, of the sites that sent all of these.
 
     As a rule these are the tensors that every site sent: group tensors travel from the sites of one modality only, and
@@ -104,7 +104,7 @@ def comparable(updates: Mapping[str, Update]) -> dict[str, Params]:
     senders = Counter(name for update in updates.values() for name in update.delta if name in alike)
     names = [name for name, count in sorted(senders.items()) if count == max(senders.values())]
     members = {site: u for site, u in updates.items() if names and all(name in u.delta for name in names)}
-    return {site: {name: update.delta[name] for name in names} for site, update in members.items()}
+    return {site: Selection(update.delta, names) for site, update in members.items()}
 
 
 class SiteScores:

@@ -26,6 +26,7 @@ from fedcmt.nnunet.teacher import Teacher
 from fedcmt.nnunet.trainer import Batch, LossHook, SiteTrainer, build_trainer
 from fedcmt.params import (
     Params,
+    Tensors,
     copy_into,
     delta,
     load_newest,
@@ -212,7 +213,7 @@ class Session:
             meta["train_seconds"] = seconds
         return Message(meta, *sent)
 
-    def _outgoing(self, received: Params, message: Message, round_idx: int) -> tuple[Params, Params]:
+    def _outgoing(self, received: Tensors, message: Message, round_idx: int) -> tuple[Params, Params]:
         """The update as the job's privacy lets it leave, in the type the server asked for, and the extras."""
         update = delta(self.partition.outgoing(snapshot(self.trainer.module)), received)
         trained = {name: tensor for name, tensor in update.items() if name not in message.meta["frozen"]}
@@ -223,7 +224,7 @@ class Session:
         return encode(covered, message.meta.get("update_dtype", "float32"), seed=seed), extras
 
     def _train(
-        self, wire: Params, message: Message, round_idx: int, stop: Callable[[], bool]
+        self, wire: Tensors, message: Message, round_idx: int, stop: Callable[[], bool]
     ) -> tuple[dict[str, float], float]:
         """Metrics of a round and the seconds its steps took."""
         received = self._receive(wire)
@@ -328,7 +329,7 @@ class Session:
         noise = noise_source(terms, self._prepared.seed, "site", self._name)  # each round brings its own
         return private_trainer_of(InstancePrivacy(terms.clip, terms.noise_multiplier, terms.expected_batch, noise))
 
-    def _whole(self, message: Message) -> Params:
+    def _whole(self, message: Message) -> Tensors:
         """A payload's wire tensors with the site's own values in rows that did not travel."""
         rows = message.meta.get("rows", {})
         if not rows:
@@ -336,7 +337,7 @@ class Session:
         own = self.partition.outgoing(snapshot(self.trainer.module))
         return put_rows(own, message.tensors, rows, where=f"payload of site {self._name!r}")
 
-    def _receive(self, wire: Params) -> Params:
+    def _receive(self, wire: Tensors) -> Params:
         """Copy whole wire tensors into the network; returns them by parameter name on the network's device."""
         tensors = self.partition.incoming(wire)
         copy_into(self.trainer.module, tensors, where=f"site {self._name!r}")

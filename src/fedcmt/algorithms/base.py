@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from fedcmt.models.scopes import ScopeRules
-from fedcmt.params import Params
+from fedcmt.params import Params, Tensors
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Update:
       extras: Named tensors the algorithm asked for.
     """
 
-    delta: Params
+    delta: Tensors
     num_cases: int
     num_steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)

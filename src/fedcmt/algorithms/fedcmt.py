@@ -36,7 +36,7 @@ from fedcmt.algorithms.distillation import Distillation, read_distillation
 from fedcmt.algorithms.fedavg import weighted_mean
 from fedcmt.algorithms.fedopt import FEDCMT_SERVER, read_optimizer
 from fedcmt.models.scopes import ADAPTER_ENCODER_DECODER, PERSONAL_ADAPTER
-from fedcmt.params import ParameterError, Params, norm
+from fedcmt.params import ParameterError, Params, Selection, Tensors, norm
 from fedcmt.settings import is_int, is_number, require
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,9 @@ class FedCMT(Algorithm):
         """
         if not updates:
             raise ParameterError("FedCMT: no update to aggregate")
-        encoders = {site: {n: t for n, t in u.delta.items() if not _is_group(n)} for site, u in sorted(updates.items())}
+        encoders = {
+            site: Selection(u.delta, [n for n in u.delta if not _is_group(n)]) for site, u in sorted(updates.items())
+        }
         encoders = {site: tensors for site, tensors in encoders.items() if tensors}
         direction, record, curves = self._encoder_direction(state, updates, encoders)
         # Apart, so that sites in their warm start do not shift the weights of the others.
@@ -195,7 +197,7 @@ class FedCMT(Algorithm):
         return loss + coefficient * term
 
     def _encoder_direction(
-        self, state: State, updates: Mapping[str, Update], encoders: Mapping[str, Params]
+        self, state: State, updates: Mapping[str, Update], encoders: Mapping[str, Tensors]
     ) -> tuple[Params, dict, dict[str, float]]:
         """The direction, the record with the new agreements, and the round's curves."""
         if not encoders:
@@ -216,7 +218,8 @@ class FedCMT(Algorithm):
     def _adapter_means(self, state: State, updates: Mapping[str, Update]) -> Params:
         """Per adapter tensor the mean over the sites that sent it; they are too small for conflicts."""
         groups = {
-            site: replace(u, delta={n: t for n, t in u.delta.items() if _is_group(n)}) for site, u in updates.items()
+            site: replace(u, delta=Selection(u.delta, [n for n in u.delta if _is_group(n)]))
+            for site, u in updates.items()
         }
         if not groups:
             return {}
@@ -245,7 +248,7 @@ class FedCMT(Algorithm):
         return share / share.sum()
 
     def _direction(
-        self, gram: GramMatrix, encoders: Mapping[str, Params], preference: np.ndarray, radius: float
+        self, gram: GramMatrix, encoders: Mapping[str, Tensors], preference: np.ndarray, radius: float
     ) -> Params:
         """Σ v_i Δ_i, with v solved for the whole encoder or block by block."""
         direction: Params = {}
@@ -314,7 +317,7 @@ def _site_curves(
     return {name: float(value) for name, value in curves.items()}
 
 
-def _step_curves(before: Params, after: Params, encoders: Mapping[str, Params]) -> dict[str, float]:
+def _step_curves(before: Params, after: Params, encoders: Mapping[str, Tensors]) -> dict[str, float]:
     """Length of the server's step over the encoder, and its cosine with each site's update: momentum may turn it away
     from a site that the direction itself still helps."""
     if not encoders:

@@ -22,7 +22,7 @@ from fedcmt.algorithms.base import Algorithm, Participant, Payload, State, Updat
 from fedcmt.algorithms.conflict_averse import GramMatrix, combine, rescale, solve
 from fedcmt.algorithms.fedper import HEAD
 from fedcmt.models.scopes import Scope, ScopeRules
-from fedcmt.params import ParameterError, Params, check_shapes, norm, shapes
+from fedcmt.params import ParameterError, Params, Selection, Tensors, check_shapes, norm, shapes
 from fedcmt.settings import is_number, require
 
 _ENCODER = "encoder"
@@ -152,16 +152,16 @@ class FedHCA2(Algorithm):
             weights[layer] = weight - self.lr * buffers[layer]
         return {**entry, "weights": weights, "momentum": buffers}
 
-    def _direction(self, deltas: Mapping[str, Params]) -> Params:
+    def _direction(self, deltas: Mapping[str, Tensors]) -> Params:
         """U: the conflict-averse direction of the encoders over 1 + c², as in the paper's code; sites count alike."""
-        encoders = {site: {n: t for n, t in delta.items() if _is_encoder(n)} for site, delta in deltas.items()}
+        encoders = {site: Selection(delta, [n for n in delta if _is_encoder(n)]) for site, delta in deltas.items()}
         gram = GramMatrix()
         for site, encoder in encoders.items():
             gram.add(site, encoder)
         solution = solve(gram.matrix(), np.ones(len(encoders)), self.radius)
         return combine(encoders, rescale(solution.coefficients, self.radius, 1))
 
-    def _attended(self, deltas: Mapping[str, Params]) -> dict[str, Params]:
+    def _attended(self, deltas: Mapping[str, Tensors]) -> dict[str, Params]:
         """X by site: per decoder tensor, the attention over the sites that exchange it."""
         result: dict[str, Params] = {site: {} for site in deltas}
         for name in sorted({name for delta in deltas.values() for name in delta if not _is_encoder(name)}):
@@ -170,7 +170,7 @@ class FedHCA2(Algorithm):
                 result[site][name] = tensor
         return result
 
-    def _shared_among_homogeneous(self, deltas: Mapping[str, Params]) -> dict[str, Params]:
+    def _shared_among_homogeneous(self, deltas: Mapping[str, Tensors]) -> dict[str, Tensors]:
         """The changes, with those of the encoders replaced by the mean of the sites of a homogeneous group."""
         result = dict(deltas)
         for group in self.homogeneous:
@@ -282,7 +282,7 @@ def _curves(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return curves
 
 
-def _check_known(deltas: Mapping[str, Params], state: State) -> None:
+def _check_known(deltas: Mapping[str, Tensors], state: State) -> None:
     if not deltas:
         raise ParameterError("FedHCA2: no update to aggregate")
     for site, delta in deltas.items():

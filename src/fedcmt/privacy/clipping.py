@@ -4,13 +4,13 @@ McMahan et al., Learning Differentially Private Recurrent Language Models, ICLR 
 (flat clipping).
 """
 
-from fedcmt.params import ParameterError, Params, check_finite, norm
+from fedcmt.params import ParameterError, Params, Tensors, check_finite, norm
 from fedcmt.settings import is_number, require
 
 _WHERE = "clip_flat"
 
 
-def clip_flat(delta: Params, bound: float) -> tuple[Params, float]:
+def clip_flat(delta: Tensors, bound: float) -> tuple[Params, float]:
     """Scale an update into the ball of radius S: ``delta * min(1, S / norm)``, one factor for all tensors.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedcmt.algorithms.base import Algorithm, Participant, Update
-from fedcmt.params import ParameterError, Params, norm
+from fedcmt.params import ParameterError, Tensors, norm
 from fedcmt.privacy.accounting import Release
 from fedcmt.privacy.clipping import clip_flat
 from fedcmt.privacy.ledger import PrivacyLedger
@@ -159,7 +159,7 @@ class ServerPrivacy:
         turn: Sequence[Participant],
         frozen: Mapping[str, Collection[str]],
         round_idx: int,
-        keep: Callable[[str, Params], Params] = lambda site, tensors: tensors,
+        keep: Callable[[str, Tensors], Tensors] = lambda site, tensors: tensors,
     ) -> dict[str, Update]:
         """The updates as the algorithm may see them.
 
