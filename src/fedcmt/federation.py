@@ -6,10 +6,10 @@ FLARE nor nnU-Net.
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -23,28 +23,18 @@ from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Channel, Failure, Message, Task
 from fedcmt.models.scopes import ScopeRules
 from fedcmt.models.sequences import SEQUENCES
-from fedcmt.params import ParameterError, Params, Tensors, check_shapes, load_newest, save_tensors
+from fedcmt.params import ParameterError, Params, Tensors, check_shapes
 from fedcmt.privacy.ledger import BudgetExceeded
 from fedcmt.privacy.server_half import ServerPrivacy, check_update
 from fedcmt.randomness import derive_seed
 from fedcmt.scoring import Assessment, SiteScores, play_turn
+from fedcmt.server_state import FederationError, Participation, Progress, StateFiles
 from fedcmt.uploads import SpooledUpdates
 from fedcmt.wire import decode
 
 logger = logging.getLogger(__name__)
 
-_STATE, _STATE_BEFORE, _BEST = "state.safetensors", "state_before.safetensors", "best.safetensors"
-_STATE_VALUES = ("job", "record", "round", "best", "sites", "schedule_rounds", "contribution", "crossed")
-"""What a state that a run can go on from says besides its tensors."""
-
 _T = TypeVar("_T")
-
-Participation = dict[str, dict[str, Any]]
-"""Site -> ``asked`` and ``took_part`` (rounds), ``absent`` (1-based round as text -> why); plain JSON."""
-
-
-class FederationError(RuntimeError):
-    """The job cannot go on; the message names the sites and what to look at."""
 
 
 class Planner(Protocol):
@@ -114,6 +104,7 @@ class Federation:
         self._config = config
         self._job = job
         self._folder = folder
+        self._stored = StateFiles(folder, job)
         self._resume = resume
         self._on_round = on_round
         self._privacy: ServerPrivacy
@@ -131,69 +122,96 @@ class Federation:
         check_influence(self._algorithm, self._config, sites)
         if self._resume:
             check_settings(self._folder, self._config)
-        stored = self._load_state() if self._resume else None
+        stored = self._stored.load() if self._resume else None
+        self._open_ledger(stored, len(sites))
+        participants, state, progress = self._begin(channel, sites, stored)
+        state, progress, stopped = self._train(channel, state, progress, participants)
+        reports, failed = self._finish(channel, state, participants)
+        return {
+            "job": self._job,
+            "seed": self._config.seed,
+            "rounds": progress.round + 1,
+            "seconds": round(time.monotonic() - started, 1),
+            "best_round": progress.best[1],
+            "sites": reports,
+            "failed": failed,
+            "participation": progress.participation,
+            "contribution": summarise(progress.contribution),
+            **progress.crossed,
+            **({"privacy": told} if (told := self._privacy.summary(stopped)) else {}),
+        }
+
+    def _open_ledger(self, stored: tuple[State, Progress] | None, num_sites: int) -> None:
+        """Take up the privacy of the job, before anything is asked of a site.
+
+        Raises:
+          FederationError: If the job's privacy terms alone allow no round.
+        """
         self._privacy = ServerPrivacy(
             self._config.privacy,
             self._algorithm,
             self._folder,
             seed=self._config.seed,
-            num_sites=len(sites),
-            rounds_done=0 if stored is None else stored[1]["round"] + 1,
+            num_sites=num_sites,
+            rounds_done=0 if stored is None else stored[1].round + 1,
         )
         if stored is None:
-            self._check_budget()
+            try:
+                self._privacy.check_budget()
+            except BudgetExceeded as refusal:
+                raise _no_round(refusal) from refusal
+
+    def _begin(
+        self, channel: Channel, sites: Sequence[str], stored: tuple[State, Progress] | None
+    ) -> tuple[list[Participant], State, Progress]:
+        """Plan, have the sites prepare, and see what to go on from."""
         self._privacy.note("planning statistics", "counts and moments of images; see docs/privacy.md")
         requests = {site: self._introduction(len(sites)) for site in sites}
         introductions = self._ask_all(channel, Task.FINGERPRINT, requests, lambda site, a: read_introduction(a))
         fingerprints = {site: fingerprint for site, (fingerprint, _) in introductions.items()}
         plans = self._plan(fingerprints)
-        schedule_rounds = self._schedule_rounds(stored)
-        participants = self._prepare(channel, plans, introductions, schedule_rounds)
-        state, first_round = self._first_state(stored, plans, fingerprints, participants, schedule_rounds)
-        best = (-math.inf, None) if stored is None else tuple(stored[1]["best"])
-        tally, crossed = ({}, {}) if stored is None else (stored[1]["contribution"], stored[1]["crossed"])
-        participation: Participation = {} if stored is None else stored[1].get("participation", {})
-        stopped, rounds = None, self._config.num_rounds
-        for round_idx in range(first_round, self._config.num_rounds):
+        # Those of a run that is resumed stay, or it would not be the same run.
+        schedule_rounds = self._config.schedule_rounds or self._config.num_rounds
+        progress = Progress(schedule_rounds) if stored is None else stored[1]
+        participants = self._prepare(channel, plans, introductions, progress.schedule_rounds)
+        initial = partial(self._initial, plans, fingerprints)
+        if stored is None:
+            state = self._algorithm.init(initial(participants), participants, progress.schedule_rounds)
+        else:
+            state = self._resumed(*stored, participants, initial)
+        for site in participants:
+            held = {name: state.params[name] for name in site.wire_shapes if name in state.params}
+            where = f"site {site.name!r} against the server's initial model"
+            check_shapes(held, dict(site.wire_shapes), where=where)
+        return participants, state, progress.of(sites)
+
+    def _train(
+        self, channel: Channel, state: State, progress: Progress, participants: Sequence[Participant]
+    ) -> tuple[State, Progress, str | None]:
+        """All rounds that are left: the state and progress after them, and why they ended early if they did."""
+        for round_idx in range(progress.round + 1, self._config.num_rounds):
             received = state
             try:
                 state, done = self._round(channel, round_idx, received, participants)
             except BudgetExceeded as refusal:
-                stopped, rounds = self._stop_early(round_idx, refusal), round_idx
-                break
-            best = self._keep_best(best, round_idx, received, done.updates, len(participants))
-            meta = {"round": round_idx, "best": best, "sites": sites, "schedule_rounds": schedule_rounds}
-            tally, crossed = add_round(tally, done.assessment.sites), done.assessment.crossed()
-            participation = _add_participation(participation, round_idx, done)
-            meta |= {"contribution": tally, "crossed": crossed, "participation": participation}
-            self._keep_state(state, meta)
+                return received, progress, self._stop_early(round_idx, refusal)
+            best = self._keep_best(progress.best, round_idx, received, done.updates, len(participants))
+            progress = replace(
+                progress,
+                round=round_idx,
+                best=best,
+                contribution=add_round(progress.contribution, done.assessment.sites),
+                crossed=done.assessment.crossed(),
+                participation=_add_participation(progress.participation, round_idx, done),
+            )
+            self._stored.keep(state, progress)
             self._report_round(round_idx, state, done)
-        reports, failed = self._finish(channel, state, participants)
-        return {
-            "job": self._job,
-            "seed": self._config.seed,
-            "rounds": rounds,
-            "seconds": round(time.monotonic() - started, 1),
-            "best_round": best[1],
-            "sites": reports,
-            "failed": failed,
-            "participation": participation,
-            "contribution": summarise(tally),
-            **crossed,
-            **({"privacy": told} if (told := self._privacy.summary(stopped)) else {}),
-        }
+        return state, progress, None
 
     def _introduction(self, num_sites: int) -> Message:
         meta = {"job": self._job, "seed": self._config.seed, "planning": self._config.planning}
         meta |= {"privacy": self._config.privacy.to_dict(), "num_sites": num_sites}
         return Message({**meta, "continues": self._config.continues})
-
-    def _check_budget(self) -> None:
-        """Raise FederationError if the job's privacy terms alone allow no round."""
-        try:
-            self._privacy.check_budget()
-        except BudgetExceeded as refusal:
-            raise _no_round(refusal) from refusal
 
     def _stop_early(self, round_idx: int, refusal: BudgetExceeded) -> str:
         """End training before a round that the privacy budget does not allow, and keep what there is.
@@ -214,12 +232,6 @@ class Federation:
             fix_settings(self._folder, self._config)
         write_state(path, plans)
         return plans
-
-    def _schedule_rounds(self, stored: tuple[State, dict] | None) -> int:
-        """Rounds the schedules are made for; those of a run that is resumed stay, or it would not be the same run."""
-        if stored is not None:
-            return stored[1]["schedule_rounds"]
-        return self._config.schedule_rounds or self._config.num_rounds
 
     def _prepare(
         self,
@@ -244,61 +256,38 @@ class Federation:
         _warn_of_lonely_channels(participants)
         return participants
 
-    def _first_state(
-        self,
-        stored: tuple[State, dict] | None,
-        plans: Mapping[str, dict],
-        fingerprints: Mapping[str, dict],
-        participants: Sequence[Participant],
-        schedule_rounds: int,
-    ) -> tuple[State, int]:
-        """The state to go on from, checked against every site, and the index of the first round."""
-
-        def initial(sites: Sequence[Participant]) -> Params:
-            names = {site.name: site.modality for site in sites}
-            return self._planner.initial(
-                {name: plans[name] for name in names},
-                fingerprints,
-                names,
-                self._algorithm.scopes,
-            )
-
-        if stored is None:
-            first_round = 0
-            state = self._algorithm.init(initial(participants), participants, schedule_rounds)
-        else:
-            state, first_round = self._resumed(*stored, participants, initial)
-        for site in participants:
-            held = {name: state.params[name] for name in site.wire_shapes if name in state.params}
-            where = f"site {site.name!r} against the server's initial model"
-            check_shapes(held, dict(site.wire_shapes), where=where)
-        return state, first_round
+    def _initial(
+        self, plans: Mapping[str, dict], fingerprints: Mapping[str, dict], sites: Sequence[Participant]
+    ) -> Params:
+        """Initial values of every tensor that these sites exchange."""
+        names = {site.name: site.modality for site in sites}
+        return self._planner.initial({name: plans[name] for name in names}, fingerprints, names, self._algorithm.scopes)
 
     def _resumed(
         self,
         state: State,
-        meta: Mapping[str, Any],
+        progress: Progress,
         participants: Sequence[Participant],
         initial: Callable[[Sequence[Participant]], Params],
-    ) -> tuple[State, int]:
+    ) -> State:
         """The stored state, with the sites registered that were not in its last round."""
-        first_round = meta["round"] + 1
+        first_round = progress.round + 1
         if first_round > self._config.num_rounds:
             raise FederationError(
                 f"--resume: this run has finished {first_round} rounds, not {self._config.num_rounds} or fewer"
             )
         logger.info("resuming after round %d of %d", first_round, self._config.num_rounds)
         for site in participants:
-            if site.name not in meta["sites"]:
+            if site.name not in progress.sites:
                 state = self._algorithm.register(state, site, initial([site]))
                 logger.info("site %s joins after round %d", site.name, first_round)
                 if first_round == self._config.num_rounds:
                     logger.warning("no round is left for %s to train in; go on with --resume --rounds N", site.name)
-        if left := sorted(set(meta["sites"]) - {site.name for site in participants}):
+        if left := sorted(set(progress.sites) - {site.name for site in participants}):
             logger.info("without sites %s, which took part before", left)
         for name in left:
             state = self._algorithm.leave(state, name)
-        return state, first_round
+        return state
 
     def _round(
         self, channel: Channel, round_idx: int, state: State, participants: Sequence[Participant]
@@ -468,40 +457,8 @@ class Federation:
         if len(known) < num_sites or sum(known) / len(known) <= best[0]:
             return best
         best = sum(known) / len(known), round_idx
-        self._save_state(self._folder / _BEST, state, {"round": round_idx, "best": best})
+        self._stored.keep_best(state, *best)
         return best
-
-    def _keep_state(self, state: State, meta: Mapping[str, Any]) -> None:
-        """Store the state after a round, and keep the one before it in case this one is damaged."""
-        before = self._folder / _STATE_BEFORE
-        if meta["round"] == 0:  # what is there is of an earlier run, which this one must never go back to
-            before.unlink(missing_ok=True)
-            self._save_state(self._folder / _STATE, state, meta)
-        else:
-            self._save_state(self._folder / _STATE, state, meta, before)
-
-    def _save_state(self, path: Path, state: State, meta: Mapping[str, Any], before: Path | None = None) -> None:
-        tensors = {f"params/{n}": t for n, t in state.params.items()} | {
-            f"memory/{n}": t for n, t in state.memory.items()
-        }
-        save_tensors(path, tensors, {**meta, "job": self._job, "record": state.record}, before=before)
-
-    def _load_state(self) -> tuple[State, dict]:
-        """The newest state that can be read.
-
-        Raises:
-          FederationError: If it is of another job.
-          FileNotFoundError: If there is none.
-          ParameterError: If neither the newest nor the one before it can be read.
-        """
-        tensors, meta = load_newest(self._folder / _STATE, self._folder / _STATE_BEFORE, needs=_STATE_VALUES)
-        if meta["job"] != self._job:
-            raise FederationError(f"{self._folder}: state of job {meta['job']!r}, not of {self._job!r}")
-        parts = {
-            kind: {n.removeprefix(kind + "/"): t for n, t in tensors.items() if n.startswith(kind + "/")}
-            for kind in ("params", "memory")
-        }
-        return State(parts["params"], parts["memory"], meta["record"]), meta
 
     def _report_round(self, round_idx: int, state: State, done: _Round) -> None:
         """Curves to whoever watches, and a line for machines in ``rounds.jsonl``."""
