@@ -1,6 +1,5 @@
 """One run of a job: its folder staged in the workspace, its data seen to, an engine started, its results kept."""
 
-import inspect
 import json
 import logging
 import os
@@ -8,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,24 +17,21 @@ from typing import Any, Literal
 
 import torch
 
-from fedcmt.algorithms.base import Algorithm
-from fedcmt.algorithms.fedmepd import FUSION, FedMEPD
-from fedcmt.config import ConfigError, JobConfig, build_algorithm
+from fedcmt.config import JobConfig
 from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
 from fedcmt.data.split import dataset_names, make_cuts
-from fedcmt.federation import FederationError, check_scoring
+from fedcmt.federation import FederationError
 from fedcmt.file_lock import InUseError, exclusive
 from fedcmt.fixed_settings import check_settings
 from fedcmt.flare.poc import run_poc
 from fedcmt.flare.processes import EngineError, end_workspace
 from fedcmt.flare.simulator import run_simulator
+from fedcmt.job_checks import check_job
 from fedcmt.job_folder import Override, add_site, apply_overrides, cohort_of, remove_site, stage
 from fedcmt.json_file import read_json, write_json
 from fedcmt.logs import LAUNCHER_PREFIX
-from fedcmt.models.fedmepd import FedMEPDNet
-from fedcmt.models.scopes import ALL_PERSONAL
-from fedcmt.privacy.server_half import LEDGER_FILE, check_algorithm
+from fedcmt.privacy.server_half import LEDGER_FILE
 from fedcmt.workspace import (
     GPUS_VARIABLE,
     MALLOC_VARIABLE,
@@ -102,7 +98,7 @@ def launch(run: Run) -> dict[str, Any]:
             _check_resumable(run.workspace)
         staged = _stage(run)
         job = JobConfig.from_folder(staged)
-        _check_before_anything_runs(job)
+        check_job(job)
         if job.server.continues is not None:
             raise LaunchError("server.continues is for a provisioned network; --resume goes on with a run of this kind")
         if run.resume:
@@ -128,7 +124,7 @@ def checked(run: Run) -> JobConfig:
         stage(run.job, staged)
         apply_overrides(staged, run.overrides)
         job = JobConfig.from_folder(staged)
-    _check_before_anything_runs(job)
+    check_job(job)
     return job
 
 
@@ -184,66 +180,6 @@ def _adopted(run: Run, staged: Path) -> dict[str, Any]:
     finally:
         if before.exists():
             shutil.rmtree(before)
-
-
-def _check_before_anything_runs(job: JobConfig) -> None:
-    """Build the algorithm and read the planning options once, so that a mistake shows before data are made.
-
-    Raises:
-      ConfigError: If sites keep plans of their own and the algorithm cannot average networks that differ, or the
-        network needs anchors and the algorithm brings none.
-      FederationError: If the job asks for scores that cannot be had.
-      ValueError: If the algorithm would break the job's privacy.
-    """
-    # nnU-Net takes seconds to import: only once all else is well.
-    from fedcmt.nnunet.planning_options import PlanningOptions
-
-    algorithm = build_algorithm(job.algorithm)
-    options = PlanningOptions.from_dict(job.server.planning)
-    check_scoring(algorithm, job.server, job.sites)
-    check_algorithm(job.server.privacy, algorithm)
-    if options.mode == "own" and not (algorithm.scopes.by_shape or algorithm.scopes == ALL_PERSONAL):
-        raise ConfigError(
-            f"job {job.name!r}: planning.mode is 'own', so sites' networks differ in shapes, and "
-            f"{type(algorithm).__name__} averages tensors by name alone. Use mode 'architecture' or 'consensus', or an "
-            "algorithm whose scopes are by_shape, such as fedcmt.algorithms.asymmetric.AsymmetricFedAvg"
-        )
-    if isinstance(algorithm, FedMEPD):
-        _check_one_fusion_site(job)
-    if options.network == FedMEPDNet.__name__ and options.network_options.get("calibrated", True):
-        _check_anchors(job, algorithm, options.network_options)
-
-
-def _check_one_fusion_site(job: JobConfig) -> None:
-    """The algorithm checks it too, but only once every site has read its data."""
-    found = [name for name, site in job.sites.items() if site.role == FUSION]
-    if len(found) != 1:
-        raise ConfigError(
-            f"job {job.name!r}: sites {found} of {list(job.sites)} have the role {FUSION!r}, FedMEPD needs exactly "
-            "one, with all sequences. Set role in the sites' site.json"
-        )
-
-
-def _check_anchors(job: JobConfig, algorithm: Algorithm, network_options: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless the algorithm brings as many anchors as a calibrated network has."""
-    if not (isinstance(algorithm, FedMEPD) and algorithm.anchors):
-        raise ConfigError(
-            f"job {job.name!r}: planning.network is FedMEPDNet, whose features are calibrated by anchors, and "
-            f"{type(algorithm).__name__} brings none. Set planning.network_options.calibrated to false"
-        )
-    key = "anchors_per_class"
-    brought = _value_of(key, job.algorithm["args"], FedMEPD)
-    expected = _value_of(key, network_options, FedMEPDNet)
-    if brought != expected:
-        raise ConfigError(
-            f"job {job.name!r}: algorithm.{key} is {brought} and server.planning.network_options.{key} {expected}, "
-            "expected the same number. Set both"
-        )
-
-
-def _value_of(key: str, given: Mapping[str, Any], cls: type) -> Any:
-    """A setting, or where there is none, what the class takes it to be."""
-    return given.get(key, inspect.signature(cls).parameters[key].default)
 
 
 def _execute(run: Run, job: JobConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class AnchorSite(Algorithm):
     """
 
     def __init__(self, anchors_per_class: int, send_anchors: bool) -> None:
-        self._anchors_per_class = anchors_per_class
+        self.anchors_per_class = anchors_per_class
         self._send_anchors = send_anchors
         self._anchors: Anchors | None = None
         self._seen: dict[str, list[CasePrototypes]] = {}
@@ -68,7 +68,7 @@ class AnchorSite(Algorithm):
             return {}
         prototypes = {case: mean_prototypes(draws) for case, draws in sorted(self._seen.items())}
         if self._anchors is None:
-            self._anchors = first_anchors(prototypes, self._anchors_per_class)
+            self._anchors = first_anchors(prototypes, self.anchors_per_class)
         else:
             self._anchors = updated_anchors(self._anchors, prototypes)
         return {name: tensor.clone() for name, tensor in self._anchors.tensors().items()}

@@ -23,6 +23,7 @@ from fedcmt.config import ServerConfig
 from fedcmt.federation import Federation, FederationError
 from fedcmt.file_lock import InUseError, exclusive
 from fedcmt.flare.codec import decode_answer, encode, register_tensors
+from fedcmt.job_checks import check_planning
 from fedcmt.json_file import write_json
 from fedcmt.logs import log_for_launcher
 from fedcmt.messages import Failure, Keep, Message, Task, as_it_is
@@ -108,6 +109,7 @@ class FederatedRounds(Controller):
         channel = _FlareChannel(self, fl_ctx, abort_signal, self._config)
         (folder / "server").mkdir(parents=True, exist_ok=True)
         try:
+            check_planning(self._algorithm, self._config.planning, job=_job_name(fl_ctx))
             with exclusive(folder / "server" / ".lock"):
                 results = federation.run(channel, [c.name for c in fl_ctx.get_engine().get_clients()])
         except (FederationError, InUseError, ValueError, OSError) as error:

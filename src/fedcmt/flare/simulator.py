@@ -48,16 +48,8 @@ def run_simulator(
     check_folder(flare_folder)
     _allow_classes(flare_folder)
     # One thread per site: with fewer, the simulator restarts each site's process for each of its tasks.
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "nvflare.private.fed.app.simulator.simulator",
-        str(job_folder),
-        "-w",
-        str(flare_folder),
-    ]
-    command += ["-c", ",".join(sites), "-t", str(len(sites))]
+    command = [sys.executable, "-u", "-m", "nvflare.private.fed.app.simulator.simulator", str(job_folder)]
+    command += ["-w", str(flare_folder), "-c", ",".join(sites), "-t", str(len(sites))]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(

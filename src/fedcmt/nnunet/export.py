@@ -102,18 +102,31 @@ def export_model_folder(
         )
     if classes is not None:
         dataset_json = classifier_dataset_json(dataset_json, classes)
+    common = {
+        "trainer_name": trainer_name,
+        "init_args": {"configuration": configuration},
+        # nnU-Net takes the maximum of the axes and fails on an empty tuple
+        "inference_allowed_mirroring_axes": tuple(int(axis) for axis in mirroring_axes) if mirroring_axes else None,
+    }
     contents = {}
     for kind, parameters in checkpoints.items():
         network = stock_network(plans, dataset_json, configuration)
         _load_all(network, parameters, where=f"{folder}: checkpoint {kind!r}")
-        contents[kind] = {
-            "network_weights": {name: tensor.detach() for name, tensor in network.state_dict().items()},
-            "trainer_name": trainer_name,
-            "init_args": {"configuration": configuration},
-            # nnU-Net takes the maximum of the axes and fails on an empty tuple
-            "inference_allowed_mirroring_axes": tuple(int(axis) for axis in mirroring_axes) if mirroring_axes else None,
-        }
-    fold_folder = folder / f"fold_{fold}"
+        weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+        contents[kind] = {"network_weights": weights, **common}
+    _write_folder(folder, f"fold_{fold}", plans, dataset_json, classes, contents)
+    return folder
+
+
+def _write_folder(
+    folder: Path,
+    fold: str,
+    plans: Mapping,
+    dataset_json: Mapping,
+    classes: Sequence[str] | None,
+    contents: Mapping[str, Mapping],
+) -> None:
+    fold_folder = folder / fold
     fold_folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "plans.json", plans, indent=4)
     write_json(folder / "dataset.json", dataset_json, indent=4)
@@ -123,7 +136,6 @@ def export_model_folder(
         write_json(folder / CLASSES_FILE, {"classes": list(classes), "sharpness": SHARPNESS})
     for kind, content in contents.items():
         _write_checkpoint(fold_folder / _CHECKPOINTS[kind], content)
-    return folder
 
 
 def _load_all(network: nn.Module, parameters: Mapping[str, Tensor], *, where: str) -> None:
