@@ -261,6 +261,16 @@ def test_a_delta_that_gives_a_case_away_is_refused_by_the_site_it_does_so_at(tmp
         privacy(tmp_path / "at", {**INSTANCE, "delta": 0.2}).admit(site("x"), often)
 
 
+@pytest.mark.parametrize("values", [CENTRAL, DISTRIBUTED], ids=lambda values: values["mode"])
+def test_a_delta_that_gives_a_site_away_is_refused_where_sites_are_protected(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
+    """Five sites: delta must be below 0.2."""
+    privacy(tmp_path / "below", {**values, "delta": 0.19}, sites=5)
+    with pytest.raises(ValueError, match=r"^server.privacy.delta is 0.2, expected below 1 / 5, the number of sites"):
+        privacy(tmp_path / "at", {**values, "delta": 0.2}, sites=5)
+
+
 def test_the_site_that_draws_most_often_decides_epsilon(tmp_path: Path) -> None:
     values = {"mode": "instance_dp", "noise_multiplier": 1.0, "expected_batch": 2, "delta": 1e-3}
 

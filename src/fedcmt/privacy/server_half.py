@@ -53,7 +53,8 @@ class ServerPrivacy:
       rounds_done: Of a federation that is resumed, which goes on with its ledger; a new one sets an older one aside.
 
     Raises:
-      ValueError: If the algorithm cannot keep these terms, or the ledger has other terms or lacks a round.
+      ValueError: If the algorithm cannot keep these terms, delta promises nothing to a single site where sites are what
+        is protected, or the ledger has other terms or lacks a round.
     """
 
     def __init__(
@@ -67,6 +68,11 @@ class ServerPrivacy:
         rounds_done: int = 0,
     ) -> None:
         check_algorithm(terms, algorithm)
+        if terms.formal and terms.clips_updates and not delta_covers_each(terms.delta, num_sites):
+            raise ValueError(
+                f"server.privacy.delta is {terms.delta:g}, expected below 1 / {num_sites}, the number of sites, which "
+                f"{terms.mode} protects. Lower it: such a delta permits giving a whole site away."
+            )
         if rounds_done == 0:
             set_aside(folder / LEDGER_FILE)
         self._terms = terms
