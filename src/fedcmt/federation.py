@@ -170,7 +170,7 @@ class Federation:
         introductions = self._ask_all(channel, Task.FINGERPRINT, requests, lambda site, a: read_introduction(a))
         fingerprints = {site: fingerprint for site, (fingerprint, _) in introductions.items()}
         plans = self._plan(fingerprints)
-        # Those of a run that is resumed stay, or it would not be the same run.
+        # A run that is resumed for longer keeps its schedules, or it would not be the same run.
         schedule_rounds = self._config.schedule_rounds or self._config.num_rounds
         progress = Progress(schedule_rounds) if stored is None else stored[1]
         participants = self._prepare(channel, plans, introductions, progress.schedule_rounds)
@@ -183,7 +183,7 @@ class Federation:
             held = {name: state.params[name] for name in site.wire_shapes if name in state.params}
             where = f"site {site.name!r} against the server's initial model"
             check_shapes(held, dict(site.wire_shapes), where=where)
-        return participants, state, progress.of(sites)
+        return participants, state, replace(progress, sites=tuple(sites))
 
     def _train(
         self, channel: Channel, state: State, progress: Progress, participants: Sequence[Participant]

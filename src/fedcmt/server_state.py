@@ -5,10 +5,10 @@ the one before it, in case the newest is damaged, and ``best.safetensors``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from fedcmt.algorithms.base import State
 from fedcmt.params import load_newest, save_tensors
@@ -46,10 +46,6 @@ class Progress:
     contribution: dict[str, Any] = field(default_factory=dict)
     crossed: dict[str, Any] = field(default_factory=dict)
     participation: Participation = field(default_factory=dict)
-
-    def of(self, sites: Sequence[str]) -> Self:
-        """The same with these sites."""
-        return replace(self, sites=tuple(sites))
 
 
 class StateFiles:
