@@ -198,6 +198,24 @@ def test_what_is_no_algorithm_of_ours_is_refused(spec: dict, message: str) -> No
 
 
 @pytest.mark.parametrize(
+    "deploy_map",
+    [
+        {"../victim": ["north"]},
+        {"/tmp/victim": ["north"]},
+        {"north": ["../../north"]},
+        {"north": ["no/rth"]},
+        {"": ["north"]},
+        {"north": ["."]},
+        {"north": [".."]},
+    ],
+)
+def test_names_that_lead_out_of_the_job_are_refused(deploy_map: dict, tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text(json.dumps({"name": "j", "deploy_map": deploy_map}))
+    with pytest.raises(ConfigError, match=r"deploy_map names \[.*\], expected app folders and sites of letters"):
+        site_apps(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("deploy_map", "words"),
     [
         ({"server": ["server"], "app": ["a", "b"]}, "share an app folder"),

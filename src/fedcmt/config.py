@@ -6,6 +6,7 @@ half of the algorithm) with ``site.json`` (data and local training).
 """
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,8 @@ from fedcmt.wire import UPDATE_DTYPES
 from fedcmt.workspace import is_job_id
 
 SERVER_CONFIG = Path("server/config/config_fed_server.json")
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
+"""Of sites and app folders: each names a folder beside others and nothing else."""
 
 TASKS = ("segmentation", "classification")
 
@@ -409,7 +412,8 @@ def site_apps(folder: Path) -> dict[str, str]:
     """Site name to its app folder, from ``meta.json``.
 
     Raises:
-      ConfigError: If there is no site, or two sites share a folder: ``site.json`` in it is one site's.
+      ConfigError: If there is no site, a name could lead out of the job or the workspace, or two sites share a folder:
+        ``site.json`` in it is one site's.
     """
     where = folder / "meta.json"
     deploy_map = read_json(where).get("deploy_map")
@@ -419,6 +423,12 @@ def site_apps(folder: Path) -> dict[str, str]:
     crowded = {app: sites for app, sites in apps.items() if len(sites) > 1 or "@ALL" in sites}
     if crowded:
         raise ConfigError(f"{where}: {crowded} share an app folder; give each site its own, with its own site.json")
+    names = [*apps, *(site for sites in apps.values() for site in sites)]
+    if outside := sorted(name for name in names if not re.fullmatch(NAME, name)):
+        raise ConfigError(
+            f"{where}: deploy_map names {outside}, expected app folders and sites of letters, digits, _ and -: they "
+            "are folders beside one another"
+        )
     found = {sites[0]: app for app, sites in apps.items() if sites}
     if not found:
         raise ConfigError(f"{where}: deploy_map names no site besides the server")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcmt.config import SERVER_CONFIG, ConfigError, component, site_apps, workflow_args
+from fedcmt.config import NAME, SERVER_CONFIG, ConfigError, component, site_apps, workflow_args
 from fedcmt.json_file import read_json, write_json
 
 _NOT_FLARE_S = ("demo.json", "cohort.json", "newcomer.json", "README.md")
@@ -71,7 +71,7 @@ def add_site(folder: Path, name: str, config: Path) -> None:
       ConfigError: If the name is taken or unusable, or there is no site.json.
     """
     apps = site_apps(folder)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in _RESERVED:
+    if not re.fullmatch(NAME, name) or name in _RESERVED:
         raise ConfigError(f"--add-site {name!r}: expected SITE=CONFIG with SITE of letters, digits, _ and -")
     if name in apps:
         raise ConfigError(f"--add-site {name}: the job has this site already; its sites are {sorted(apps)}")

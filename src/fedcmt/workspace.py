@@ -33,12 +33,15 @@ def workspace_folder(flare_root: str, job_id: str, continues: str | None = None)
       continues: FLARE's id of the job that began the federation, where that is another one.
 
     Raises:
-      ValueError: If ``continues`` is no id.
+      ValueError: If an id that is to name a folder is not of FLARE's form.
     """
     if continues is not None and not is_job_id(continues):
         raise ValueError(f"continues is {continues!r}, expected the id that FLARE gave to a job")
-    named = os.environ.get(WORKSPACE_VARIABLE)
-    return Path(named) if named else Path(flare_root) / "fedcmt" / (continues or job_id)
+    if named := os.environ.get(WORKSPACE_VARIABLE):
+        return Path(named)
+    if not is_job_id(job_id):
+        raise ValueError(f"job id is {job_id!r}, expected one of FLARE's form: it names a folder")
+    return Path(flare_root) / "fedcmt" / (continues or job_id)
 
 
 def is_job_id(value: object) -> bool:

@@ -50,6 +50,26 @@ def test_label_maps_lie_on_their_inputs_grid(
     assert capfd.readouterr().out == ""
 
 
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(images: Path, tmp_path: Path) -> None:
+    folder, trace = export_tiny(tmp_path / "model", random_parameters(11)), tmp_path / "it_ran"
+    checkpoint = folder / "fold_all" / "checkpoint_final.pth"
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "logging": Code(trace)}, checkpoint)
+    with pytest.raises(PredictionInputError, match=r"checkpoint_final\.pth: cannot be read as tensors .* holds code"):
+        predict_folder(folder, images, tmp_path / "out", device=CPU)
+    assert not trace.exists()
+
+
 def test_a_changed_encoder_changes_the_prediction(model: Path, images: Path, tmp_path: Path) -> None:
     parameters = random_parameters(11)
     name = "encoder.stages.1.0.convs.0.conv.weight"

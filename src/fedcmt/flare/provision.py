@@ -10,9 +10,9 @@ from typing import Any
 from nvflare.lighter.constants import ProvFileName
 from nvflare.lighter.spec import Builder, Project, ProvisionContext
 
+from fedcmt.flare.components import allowed_classes
 from fedcmt.json_file import read_json, write_json
 
-OUR_CLASSES = "fedcmt."
 _NO_RIGHT = ("byoc", "shell_commands")
 """Code that travels inside a job; an administrator's shell at a site."""
 _COMMUNICATION_SECONDS = 1800.0
@@ -23,8 +23,8 @@ _RIGHTS = ("submit_job", "clone_job", "manage_job", "download_job", "view", "ope
 class KitRules(Builder):
     """Lets the installed package run, and nothing that comes with a job.
 
-    Extends FLARE's ``class_allow_list`` by this package, takes from every role the rights to send code and to open a
-    shell at a site, keeps logs at the sites, and moves the server's storage out of ``/tmp``.
+    Extends FLARE's ``class_allow_list`` by our algorithms and the two ends of FLARE, takes from every role the rights
+    to send code and to open a shell at a site, keeps logs at the sites, and moves the server's storage out of ``/tmp``.
 
     Args:
       storage: Absolute folder on the server where it keeps jobs and their results; None leaves it to FLARE, whose POC
@@ -45,7 +45,7 @@ class KitRules(Builder):
             _edit(local / ProvFileName.AUTHORIZATION_JSON_DEFAULT, _take_rights)
 
     def _set_resources(self, resources: dict[str, Any]) -> None:
-        resources["class_allow_list"] += [OUR_CLASSES]
+        resources["class_allow_list"] = allowed_classes()
         if "client" in resources:
             resources["client"]["communication_timeout"] = _COMMUNICATION_SECONDS
             resources["allow_log_streaming"] = False

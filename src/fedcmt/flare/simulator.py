@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from fedcmt.flare.components import allowed_classes
 from fedcmt.flare.processes import (
     EngineError,
     check_folder,
@@ -18,7 +19,6 @@ from fedcmt.flare.processes import (
 from fedcmt.workspace import WORKSPACE_VARIABLE
 
 _DEAD_SITE = re.compile(r"(?:Subprocess died for|Communication error with) client ([\w-]+)")
-_ALLOWED_CLASSES = ["nvflare.", "fedcmt."]
 
 
 def run_simulator(
@@ -82,4 +82,4 @@ def _allow_classes(flare_folder: Path) -> None:
     """FLARE loads only listed classes unless code travels inside the job; ours is installed, so it is listed."""
     local = flare_folder / "local"
     local.mkdir(parents=True, exist_ok=True)
-    (local / "resources.json").write_text(json.dumps({"format_version": 2, "class_allow_list": _ALLOWED_CLASSES}))
+    (local / "resources.json").write_text(json.dumps({"format_version": 2, "class_allow_list": allowed_classes()}))

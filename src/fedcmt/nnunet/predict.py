@@ -253,6 +253,7 @@ def load_predictor(folder: Path, checkpoint: str, *, device: torch.device, mirro
             verbose_preprocessing=False,
             allow_tqdm=False,
         )
+        _refuse_code(folder / "fold_all" / checkpoint)
         try:
             predictor.initialize_from_trained_model_folder(str(folder), use_folds=("all",), checkpoint_name=checkpoint)
         except _LOAD_ERRORS as error:
@@ -267,6 +268,21 @@ def load_predictor(folder: Path, checkpoint: str, *, device: torch.device, mirro
             f"{folder}: a cascade model, which needs an earlier stage's label maps. Use nnUNetv2_predict."
         )
     return predictor
+
+
+def _refuse_code(checkpoint: Path) -> None:
+    """nnU-Net unpickles whatever a checkpoint holds, and what is code in it would run: look first without.
+
+    Raises:
+      PredictionInputError: If it cannot be read as tensors and plain values.
+    """
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except _LOAD_ERRORS as error:
+        raise PredictionInputError(
+            f"{checkpoint}: cannot be read as tensors and plain values alone ({type(error).__name__}). It is damaged, "
+            "or holds code, which loading it would run; what a run exports does not. Restore the model folder."
+        ) from error
 
 
 def read_cases(
