@@ -416,7 +416,7 @@ def spoil_state(path: Path, rng: Rng) -> str:
 
 def test_a_damaged_file_of_a_site_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here even a value that could be is refused: an unnoticed change would be another run."""
-    joined = {"job": "job", "seed": 5, "planning": {}, "privacy": {"mode": "none"}, "num_sites": 2}
+    joined = {"job": "job", "seed": 5, "planning": {}, "privacy": {"mode": "none"}, "num_sites": 2, "federation": "f0"}
     rest = {"configuration": "3d_fullres", "seed": 5, "num_rounds": 4, "schedule_rounds": 4}
     write_state(tmp_path / "joined.json", {**joined, "fingerprint": _fingerprint()})
     write_state(tmp_path / "prepared.json", asdict(Prepared(tiny_plans(), DATASET_JSON, **rest)))

@@ -414,6 +414,7 @@ def test_a_resumed_job_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     )
     assert [message.meta["round"] for message in rest.of(Task.TRAIN, "a")] == [2, 3]
     assert all(torch.equal(state[name], whole_state[name]) for name in whole_state)
+    assert meta.pop("federation") != whole_meta.pop("federation")
     assert meta == whole_meta
     assert meta["record"] == {"aggregated": 4}
     assert resumed["best_round"] == whole["best_round"] == 1
@@ -436,8 +437,22 @@ def test_a_job_that_is_not_resumed_starts_anew(tmp_path: Path) -> None:
 
 def test_the_state_of_another_job_is_refused(tmp_path: Path) -> None:
     run(tmp_path, DirectChannel(three_sites()), job="tiny")
-    with pytest.raises(FederationError, match="state of job 'tiny', not of 'other'"):
+    with pytest.raises(ParameterError, match=r"state\.safetensors: .*it is of \[job 'tiny', not 'other'"):
         run(tmp_path, DirectChannel(three_sites()), job="other", rounds=2, resume=True)
+
+
+def test_the_state_of_another_federation_is_refused_and_the_one_before_it_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one of the same job with the same settings."""
+    for name in ("own", "other"):
+        run(tmp_path / name, DirectChannel(three_sites()), rounds=3)
+    foreign = tmp_path / "own" / "state.safetensors"
+    (tmp_path / "other" / "state.safetensors").replace(foreign)
+    channel = DirectChannel(three_sites())
+    run(tmp_path / "own", channel, rounds=3, resume=True)
+    assert f"{foreign}: not a readable state file (it is of [federation '" in caplog.text
+    assert [message.meta["round"] for message in channel.of(Task.TRAIN, "a")] == [2]
 
 
 def test_resuming_without_a_federation_names_the_folder(tmp_path: Path) -> None:
@@ -479,6 +494,7 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before_it(
     assert [message.meta["round"] for message in channel.of(Task.TRAIN, "a")] == [2, 3]
     whole, parts = (load_tensors(tmp_path / name / "state.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[0][name], parts[0][name]) for name in whole[0])
+    assert whole[1].pop("federation") != parts[1].pop("federation")
     assert whole[1] == parts[1]
 
 

@@ -34,7 +34,7 @@ def config(**changed: Any) -> ServerConfig:
     ],
 )
 def test_a_setting_that_cannot_change_is_refused_by_name(changed: dict, words: str, tmp_path: Path) -> None:
-    fix_settings(tmp_path, config())
+    fix_settings(tmp_path, config(), "f0")
     with pytest.raises(ConfigError, match=words):
         check_settings(tmp_path, config(**changed))
 
@@ -51,8 +51,8 @@ def test_a_setting_that_cannot_change_is_refused_by_name(changed: dict, words: s
     ],
 )
 def test_rounds_newcomers_the_budget_and_the_machine_may_change(changed: dict, tmp_path: Path) -> None:
-    fix_settings(tmp_path, config())
-    check_settings(tmp_path, config(**changed))
+    fix_settings(tmp_path, config(), "f0")
+    assert check_settings(tmp_path, config(**changed)) == "f0"
 
 
 def test_a_folder_without_a_federation_is_named(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_folder_without_a_federation_is_named(tmp_path: Path) -> None:
 
 
 def test_settings_that_were_edited_are_refused(tmp_path: Path) -> None:
-    fix_settings(tmp_path, config())
+    fix_settings(tmp_path, config(), "f0")
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text().replace("4.0", "0.1"))
     with pytest.raises(JsonFileError, match="damaged"):

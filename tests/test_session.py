@@ -168,6 +168,24 @@ def test_a_damaged_state_is_named_and_the_site_goes_on_from_the_one_before_it(
     assert path.with_name("last.safetensors.damaged").read_bytes() == damaged
 
 
+@pytest.mark.parametrize(("owner", "told"), [("site", "'south', not 'north'"), ("federation", "'f9', not 'f0'")])
+def test_another_s_state_is_named_and_the_site_goes_on_from_the_one_before_it(
+    owner: str,
+    told: str,
+    site: tuple[Callable[..., Site], Params],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    opened, payload = site
+    trained(opened(), payload, 0)
+    expected = trained(opened(), payload, 1)
+    path = tmp_path / "site" / "last.safetensors"
+    tensors, meta = load_tensors(path)
+    save_tensors(path, tensors, {**meta, owner: {"site": "south", "federation": "f9"}[owner]})
+    assert same(trained(opened(), payload, 1).tensors, expected.tensors)
+    assert f"{path}: not a readable state file (it is of [{owner} {told}]" in caplog.text
+
+
 def test_a_run_that_starts_anew_leaves_no_state_of_an_earlier_one(
     site: tuple[Callable[..., Site], Params], tmp_path: Path
 ) -> None:

@@ -42,7 +42,7 @@ def first_payload(
     """Make a site ready to train, as a server does; returns what it would receive in round 0."""
     planner = FederatedPlanner(dict(planning), seed=5)
     introduction = {"job": "job", "seed": 5, "planning": dict(planning), "privacy": dict(privacy or {})}
-    answer = site.handle(Task.FINGERPRINT, Message({**introduction, "num_sites": num_sites}))
+    answer = site.handle(Task.FINGERPRINT, Message({**introduction, "num_sites": num_sites, "federation": "f0"}))
     assert isinstance(answer, Message)
     fingerprints = {name: answer.meta["fingerprint"]}
     plans = planner.plan(fingerprints, {})

@@ -17,7 +17,7 @@ from fedcmt.algorithms.base import Algorithm, Participant, State, Update
 from fedcmt.answers import CheckedChannel, read_introduction, read_participant, read_report, read_update
 from fedcmt.config import ServerConfig
 from fedcmt.evaluation.contribution import MOST_EXACT, add_round, summarise
-from fedcmt.fixed_settings import check_settings, fix_settings
+from fedcmt.fixed_settings import check_settings, fix_settings, new_federation
 from fedcmt.influence import FEWEST_SITES, influence_factors, scale_updates
 from fedcmt.json_file import read_state, write_state
 from fedcmt.messages import Channel, Failure, Message, Task
@@ -28,13 +28,17 @@ from fedcmt.privacy.ledger import BudgetExceeded
 from fedcmt.privacy.server_half import ServerPrivacy, check_update
 from fedcmt.randomness import derive_seed
 from fedcmt.scoring import Assessment, SiteScores, play_turn
-from fedcmt.server_state import FederationError, Participation, Progress, StateFiles
+from fedcmt.server_state import Participation, Progress, StateFiles
 from fedcmt.uploads import SpooledUpdates
 from fedcmt.wire import decode
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+
+class FederationError(RuntimeError):
+    """The job cannot go on; the message names the sites and what to look at."""
 
 
 class Planner(Protocol):
@@ -104,9 +108,10 @@ class Federation:
         self._config = config
         self._job = job
         self._folder = folder
-        self._stored = StateFiles(folder, job)
         self._resume = resume
         self._on_round = on_round
+        self._federation: str
+        self._stored: StateFiles
         self._privacy: ServerPrivacy
 
     def run(self, channel: Channel, sites: Sequence[str]) -> dict[str, Any]:
@@ -120,8 +125,8 @@ class Federation:
         channel, sites = CheckedChannel(channel), sorted(sites)
         check_scoring(self._algorithm, self._config, sites)
         check_influence(self._algorithm, self._config, sites)
-        if self._resume:
-            check_settings(self._folder, self._config)
+        self._federation = check_settings(self._folder, self._config) if self._resume else new_federation()
+        self._stored = StateFiles(self._folder, self._job, self._federation)
         stored = self._stored.load() if self._resume else None
         self._open_ledger(stored, len(sites))
         participants, state, progress = self._begin(channel, sites, stored)
@@ -210,7 +215,7 @@ class Federation:
 
     def _introduction(self, num_sites: int) -> Message:
         meta = {"job": self._job, "seed": self._config.seed, "planning": self._config.planning}
-        meta |= {"privacy": self._config.privacy.to_dict(), "num_sites": num_sites}
+        meta |= {"privacy": self._config.privacy.to_dict(), "num_sites": num_sites, "federation": self._federation}
         return Message({**meta, "continues": self._config.continues})
 
     def _stop_early(self, round_idx: int, refusal: BudgetExceeded) -> str:
@@ -229,7 +234,7 @@ class Federation:
         path = self._folder / "plans.json"
         plans = self._planner.plan(fingerprints, read_state(path) if self._resume else {})
         if not self._resume:
-            fix_settings(self._folder, self._config)
+            fix_settings(self._folder, self._config, self._federation)
         write_state(path, plans)
         return plans
 

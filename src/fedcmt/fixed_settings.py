@@ -1,5 +1,6 @@
 """What a federation keeps from its first start on, whatever the jobs that go on with it say."""
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,27 @@ from fedcmt.json_file import read_state, write_state
 
 _FILE = "settings.json"
 _SCHEDULE = "schedule_rounds"
+_FEDERATION = "federation"
 _OF_NEWCOMERS = ("samples_per_case", "min_cases")
 """Planning options that only say how a site describes its data."""
 
 
-def fix_settings(folder: Path, config: ServerConfig) -> None:
-    """Keep the settings of a federation that begins, in the server's folder."""
-    write_state(folder / _FILE, {**_fixed(config), _SCHEDULE: config.schedule_rounds or config.num_rounds})
+def new_federation() -> str:
+    """An id that no other federation has; state files carry it."""
+    return secrets.token_hex(8)
 
 
-def check_settings(folder: Path, config: ServerConfig) -> None:
+def fix_settings(folder: Path, config: ServerConfig, federation: str) -> None:
+    """Keep the id and the settings of a federation that begins, in the server's folder."""
+    schedule = {_SCHEDULE: config.schedule_rounds or config.num_rounds}
+    write_state(folder / _FILE, {**_fixed(config), **schedule, _FEDERATION: federation})
+
+
+def check_settings(folder: Path, config: ServerConfig) -> str:
     """Refuse to go on with another architecture, privacy, seed or schedule.
+
+    Returns:
+      The federation's id.
 
     Raises:
       ConfigError: If there is nothing to go on with, or naming the setting, its value since the first start and the
@@ -27,7 +38,8 @@ def check_settings(folder: Path, config: ServerConfig) -> None:
     """
     if not (folder / _FILE).exists():
         raise ConfigError(f"{folder} holds no federation that began: there is nothing to go on with")
-    old, new = read_state(folder / _FILE), _fixed(config)
+    old, new = read_state(folder / _FILE, needs=[_FEDERATION]), _fixed(config)
+    federation = old.pop(_FEDERATION)
     new[_SCHEDULE] = config.schedule_rounds or old[_SCHEDULE]
     if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
         key = changed[0]
@@ -35,6 +47,7 @@ def check_settings(folder: Path, config: ServerConfig) -> None:
             f"server.{key} is {old.get(key)!r} since this federation began and cannot become {new.get(key)!r}; leave "
             "it as it was, or begin a new federation"
         )
+    return federation
 
 
 def _fixed(config: ServerConfig) -> dict[str, Any]:

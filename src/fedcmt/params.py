@@ -10,8 +10,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeGuard
 
 import torch
@@ -222,16 +224,19 @@ def save_tensors(
         temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path: Path, *, needs: Collection[str] = ()) -> tuple[Params, dict]:
+def load_tensors(
+    path: Path, *, needs: Collection[str] = (), expects: Mapping[str, object] = MappingProxyType({})
+) -> tuple[Params, dict]:
     """Read what `save_tensors` wrote, which must be there to the bit: tensors on the CPU and the plain values.
 
     Args:
       path: The file.
       needs: Keys that its plain values must have.
+      expects: Plain values that say whose state it is.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ParameterError: If the file is not one of ours, is of another kind or version, or is damaged.
+      ParameterError: If the file is not one of ours, is of another kind, version or owner, or is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such state file")
@@ -243,8 +248,10 @@ def load_tensors(path: Path, *, needs: Collection[str] = ()) -> tuple[Params, di
         if metadata[_CHECKSUM_KEY] != _checksum(tensors, values):
             raise ValueError("its checksum is not that of its content")
         meta = json.loads(values)
-        if missing := sorted(set(needs) - set(meta)):
+        if missing := sorted({*needs, *expects} - set(meta)):
             raise ValueError(f"it lacks {_shorten(missing)}")
+        if foreign := [f"{key} {meta[key]!r}, not {own!r}" for key, own in expects.items() if meta[key] != own]:
+            raise ValueError(f"it is of {_shorten(foreign)}")
         return tensors, meta
     except KeyError as error:
         raise _unreadable(path, f"it has no {error}: of another program or version, or damaged") from error
@@ -252,8 +259,14 @@ def load_tensors(path: Path, *, needs: Collection[str] = ()) -> tuple[Params, di
         raise _unreadable(path, str(error)) from error
 
 
-def load_newest(newest: Path, before: Path, *, needs: Collection[str] = ()) -> tuple[Params, dict]:
-    """Read a state, or the one before it if the newest is damaged or was never completed.
+def load_newest(
+    newest: Path,
+    before: Path,
+    *,
+    needs: Collection[str] = (),
+    expects: Mapping[str, object] = MappingProxyType({}),
+) -> tuple[Params, dict]:
+    """Read a state, or the one before it if the newest is damaged, another's, or was never completed.
 
     The state that was read is at ``newest`` afterwards. A damaged one is kept beside it, under its name with
     ``.damaged`` behind it.
@@ -262,30 +275,34 @@ def load_newest(newest: Path, before: Path, *, needs: Collection[str] = ()) -> t
       newest: What `save_tensors` wrote last.
       before: What its argument ``before`` was.
       needs: As in `load_tensors`.
+      expects: As in `load_tensors`.
 
     Raises:
       FileNotFoundError: If there is neither.
       ParameterError: If neither can be read.
     """
+    load = partial(load_tensors, needs=needs, expects=expects)
     if not before.exists():
-        return load_tensors(newest, needs=needs)
+        return load(newest)
     if newest.exists():
         try:
-            return load_tensors(newest, needs=needs)
+            return load(newest)
         except ParameterError as damage:
-            found = _load_before(before, needs, damage)
+            found = _load_before(load, before, damage)
             kept = newest.with_name(newest.name + ".damaged")
             newest.replace(kept)
             logger.error("%s Going on from the state before it, %s; the damaged one is now %s", damage, before, kept)
     else:
-        found = load_tensors(before, needs=needs)
+        found = load(before)
     before.replace(newest)
     return found
 
 
-def _load_before(before: Path, needs: Collection[str], damage: ParameterError) -> tuple[Params, dict]:
+def _load_before(
+    load: Callable[[Path], tuple[Params, dict]], before: Path, damage: ParameterError
+) -> tuple[Params, dict]:
     try:
-        return load_tensors(before, needs=needs)
+        return load(before)
     except ParameterError as error:
         raise ParameterError(f"{damage} Nor can the state before it be used: {error}") from error
 

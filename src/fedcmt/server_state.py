@@ -14,15 +14,11 @@ from fedcmt.algorithms.base import State
 from fedcmt.params import load_newest, save_tensors
 
 _STATE, _STATE_BEFORE, _BEST = "state.safetensors", "state_before.safetensors", "best.safetensors"
-_NEEDED = ("job", "record", "round", "best", "sites", "schedule_rounds", "contribution", "crossed")
+_NEEDED = ("record", "round", "best", "sites", "schedule_rounds", "contribution", "crossed")
 """What a state that a run can go on from says besides its tensors."""
 
 Participation = dict[str, dict[str, Any]]
 """Site -> ``asked`` and ``took_part`` (rounds), ``absent`` (1-based round as text -> why); plain JSON."""
-
-
-class FederationError(RuntimeError):
-    """The job cannot go on; the message names the sites and what to look at."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,13 @@ class StateFiles:
 
     Args:
       folder: Theirs.
-      job: The job's name; a state of another one is refused.
+      job: The job's name.
+      federation: Its id; a state of another one, or of another job, is refused.
     """
 
-    def __init__(self, folder: Path, job: str) -> None:
+    def __init__(self, folder: Path, job: str, federation: str) -> None:
         self._folder = folder
-        self._job = job
+        self._owner = {"job": job, "federation": federation}
 
     def keep(self, state: State, progress: Progress) -> None:
         """Store the state after a round, and keep the one before it."""
@@ -77,13 +74,11 @@ class StateFiles:
         """The newest state that can be read.
 
         Raises:
-          FederationError: If it is of another job.
           FileNotFoundError: If there is none.
-          ParameterError: If neither the newest nor the one before it can be read.
+          ParameterError: If neither the newest nor the one before it can be read, or they are another federation's.
         """
-        tensors, meta = load_newest(self._folder / _STATE, self._folder / _STATE_BEFORE, needs=_NEEDED)
-        if meta["job"] != self._job:
-            raise FederationError(f"{self._folder}: state of job {meta['job']!r}, not of {self._job!r}")
+        newest, before = self._folder / _STATE, self._folder / _STATE_BEFORE
+        tensors, meta = load_newest(newest, before, needs=_NEEDED, expects=self._owner)
         parts = {
             kind: {n.removeprefix(kind + "/"): t for n, t in tensors.items() if n.startswith(kind + "/")}
             for kind in ("params", "memory")
@@ -104,5 +99,5 @@ class StateFiles:
         tensors = {f"params/{n}": t for n, t in state.params.items()} | {
             f"memory/{n}": t for n, t in state.memory.items()
         }
-        meta = {**said, "job": self._job, "record": state.record}
+        meta = {**said, **self._owner, "record": state.record}
         save_tensors(self._folder / name, tensors, meta, before=before)

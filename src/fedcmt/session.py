@@ -86,6 +86,7 @@ class Prepared:
       schedule_rounds: Rounds over which the learning rate decays and distillation ramps up.
       privacy: The job's, as `fedcmt.privacy.terms.PrivacyTerms.to_dict` gives it.
       num_sites: Sites of the job.
+      federation: The id that the server gave it.
     """
 
     plans: dict[str, Any]
@@ -96,6 +97,7 @@ class Prepared:
     schedule_rounds: int
     privacy: dict[str, Any] = field(default_factory=dict)
     num_sites: int = 1
+    federation: str = ""
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -120,6 +122,7 @@ class Session:
         self._folder = folder
         self._dataset = dataset
         self._prepared = prepared
+        self._owner = {"site": name, "federation": prepared.federation}
         self._random = RandomStream(derive_seed(prepared.seed, "site", name))
         self._classes = None
         if config.task == "classification":
@@ -284,7 +287,7 @@ class Session:
         plans, dataset_json = self._prepared.plans, self._prepared.dataset_json
         final = snapshot(self.trainer.module)
         best_file = self._folder / _BEST
-        best = load_tensors(best_file)[0] if best_file.exists() else final
+        best = load_tensors(best_file, expects=self._owner)[0] if best_file.exists() else final
         folder = export_model_folder(
             model_folder(results, plans, self._prepared.configuration),
             plans=plans,
@@ -391,7 +394,8 @@ class Session:
         self._scores["last"] = score
         if which == self._algorithm.product and score > self._best_score:
             self._best_score = score
-            save_tensors(self._folder / _BEST, snapshot(self.trainer.module), {"round": round_idx, "val_score": score})
+            meta = {"round": round_idx, "val_score": score, **self._owner}
+            save_tensors(self._folder / _BEST, snapshot(self.trainer.module), meta)
         return {f"val_{self.trainer.score}_{which}": score}
 
     def _on_step(self, received: Params, round_idx: int, stop: Callable[[], bool]) -> Callable[[int, float], None]:
@@ -436,7 +440,7 @@ class Session:
         remembered, plain = self._algorithm.local_state()
         tensors |= {f"algorithm/{n}": t for n, t in remembered.items()}
         meta = {"optimizer": optimizer_plain, "random": random_plain, "best_score": self._best_score}
-        meta |= {"scores": self._scores, "algorithm": plain}
+        meta |= {"scores": self._scores, "algorithm": plain, **self._owner}
         last, previous = self._folder / _LAST, self._folder / _PREVIOUS
         save_tensors(last, tensors, {"round": round_idx, **meta}, before=previous)
         self._last_round = round_idx
@@ -444,7 +448,7 @@ class Session:
     def _restore(self) -> None:
         """Go back to what `_save_last` stored; where that is damaged or was not completed, to what it stored before."""
         path = self._folder / _LAST
-        tensors, meta = load_newest(path, self._folder / _PREVIOUS, needs=_STATE_VALUES)
+        tensors, meta = load_newest(path, self._folder / _PREVIOUS, needs=_STATE_VALUES, expects=self._owner)
         parts: dict[str, Params] = {"network": {}, "optimizer": {}, "random": {}, "algorithm": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")

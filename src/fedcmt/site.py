@@ -34,7 +34,7 @@ from fedcmt.workspace import THREADS_VARIABLE, environment, nnunet_folder
 logger = logging.getLogger(__name__)
 
 _JOINED_FILE = "joined.json"
-_JOINED = ("job", "seed", "planning", "privacy", "num_sites", "fingerprint")
+_JOINED = ("job", "seed", "planning", "privacy", "num_sites", "federation", "fingerprint")
 """What it holds: the server's introduction, and the site's fingerprint in its finest form."""
 _NUM_FOLDS = 5
 """Of nnU-Net's split, where a data set has none of its own."""
@@ -154,6 +154,7 @@ class Site:
             schedule_rounds=message.meta["schedule_rounds"],
             privacy=joined["privacy"],
             num_sites=joined["num_sites"],
+            federation=joined["federation"],
         )
         if message.meta["resume"]:
             self._check_same_data(prepared)

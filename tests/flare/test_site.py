@@ -17,6 +17,7 @@ from fedcmt.messages import Failure, Message
 from fedcmt.workspace import THREADS_VARIABLE, WORKSPACE_VARIABLE
 
 FLOOR = {"modes": ["instance_dp"], "max_epsilon": 8}
+THIS_JOB = "1b6a2f3c-0d4e-4f5a-8b7c-9d0e1f2a3b4c"
 FIRST_JOB = "0f1e2d3c-0000-4000-8000-000000000001"
 TERMS = {"mode": "instance_dp", "noise_multiplier": 1.0, "max_epsilon": 8, "expected_batch": 4}
 
@@ -40,7 +41,7 @@ def context(root: Path, local: dict | None) -> MagicMock:
         (root / "local" / "fedcmt_site.json").write_text(json.dumps(local))
     found = MagicMock()
     found.get_identity_name.return_value = "north"
-    found.get_job_id.return_value = "j1"
+    found.get_job_id.return_value = THIS_JOB
     found.get_peer_context.return_value = None
     engine = found.get_engine.return_value
     workspace = engine.get_workspace.return_value
@@ -52,8 +53,15 @@ def context(root: Path, local: dict | None) -> MagicMock:
 
 def asked(found: MagicMock, privacy: dict, caplog: pytest.LogCaptureFixture, continues: str | None = None) -> str:
     """What the site logs when the server asks it to describe its data, which it cannot: there are none."""
-    introduction = {"planning": {}, "job": "tiny", "seed": 0, "num_sites": 2, "continues": continues}
-    request = Message({**introduction, "privacy": privacy})
+    introduction = {
+        "planning": {},
+        "job": "tiny",
+        "seed": 0,
+        "num_sites": 2,
+        "federation": "f0",
+        "continues": continues,
+    }
+    request = Message({**introduction, "continues": continues, "privacy": privacy})
     executor = SiteExecutor()
     reply: Shareable = executor.execute("fingerprint", encode(request, update=False), found, Signal())
     executor.handle_event(EventType.END_RUN, found)
@@ -108,7 +116,7 @@ def test_a_job_that_goes_on_with_another_uses_what_that_one_left(
     asked(found, {"mode": "none"}, caplog)
     asked(found, {"mode": "none"}, caplog, continues=FIRST_JOB)
     folders = {path.name for path in (tmp_path / "fedcmt").iterdir()}
-    assert folders == {"j1", FIRST_JOB}
+    assert folders == {THIS_JOB, FIRST_JOB}
 
 
 @pytest.mark.parametrize("continues", ["../../other", "/tmp", "", FIRST_JOB + "/..", 7])
