@@ -19,7 +19,7 @@ from fedcmt.arguments import whole_number
 from fedcmt.config import site_apps
 from fedcmt.evaluation.tables import learning_line, results_table
 from fedcmt.federation import FederationError
-from fedcmt.flare.processes import EngineError, check_folder
+from fedcmt.flare.processes import Ended, EngineError, check_folder, ending_on_signals
 from fedcmt.job_folder import Override, demo_profile, find_job, parse_override
 from fedcmt.json_file import write_json
 from fedcmt.launch import LaunchError, Run, checked, export, launch
@@ -31,13 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        _run_all(options)
+        with ending_on_signals():
+            _run_all(options)
     except (LaunchError, FederationError, EngineError, ValueError, OSError) as error:
         print(f"\nstart_fl.sh: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Ended) as signalled:
         print("\nstart_fl.sh: interrupted; everything it started has been ended", file=sys.stderr)
-        return 130
+        return signalled.code if isinstance(signalled, Ended) else 130
     return 0
 
 

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from fedcmt.flare import processes
-from fedcmt.flare.processes import descendants, end_processes, end_workspace, ending_on_signals
+from fedcmt.flare.processes import (
+    Ended,
+    descendants,
+    end_processes,
+    end_workspace,
+    ending_on_signals,
+    undisturbed,
+)
 from fedcmt.workspace import WORKSPACE_VARIABLE, child_environment
 from tests.flare.running import is_running
 
@@ -114,9 +121,41 @@ def test_processes_of_another_workspace_are_left_alone(tmp_path: Path) -> None:
 
 def test_signals_end_in_an_exit_and_handlers_come_back() -> None:
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)]
-    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)), ending_on_signals():
+    with pytest.raises(Ended) as raised, ending_on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
+    assert raised.value.code == 128 + signal.SIGTERM
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_forked_process_ends_by_the_signal_as_it_would_have(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    code = f"""
+import os, pathlib, signal
+from fedcmt.flare.processes import ending_on_signals
+with ending_on_signals():
+    child = os.fork()
+    if child == 0:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            pathlib.Path({str(note)!r}).touch()
+    _, status = os.waitpid(child, 0)
+    print(os.WTERMSIG(status), flush=True)
+"""
+    environment = child_environment(Path(processes.__file__).parents[2], {})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == signal.SIGTERM
+    assert not note.exists()
+
+
+def test_signals_are_ignored_while_nothing_may_disturb_and_handlers_come_back() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with undisturbed():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_children_import_the_package_first(monkeypatch: pytest.MonkeyPatch) -> None:

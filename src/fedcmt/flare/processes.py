@@ -2,8 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -13,10 +13,17 @@ from fedcmt.workspace import WORKSPACE_VARIABLE
 
 _GRACE_SECONDS = 8.0
 _SWEEPS = 3
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class EngineError(RuntimeError):
     """FLARE ended without having finished the job."""
+
+
+class Ended(SystemExit):
+    """A signal asked this process to end; the code is what a shell gives for that signal."""
+
+    code: int
 
 
 def check_folder(folder: Path) -> None:
@@ -79,15 +86,34 @@ def processes_of(workspace: str | None) -> list[psutil.Process]:
 
 
 class ending_on_signals:
-    """Turn SIGTERM and SIGHUP into SystemExit, so that ``finally`` runs; the old handlers come back afterwards."""
+    """Turn SIGTERM and SIGHUP into `Ended`, so that ``finally`` runs; the old handlers come back afterwards.
+
+    Processes forked meanwhile inherit the handlers and end as they would have without: a pool that ends its workers
+    must not wait for what ``finally`` does in a copy of this process.
+    """
 
     def __enter__(self) -> None:
-        self._before = {s: signal.signal(s, self._exit) for s in (signal.SIGTERM, signal.SIGHUP)}
+        self._owner = os.getpid()
+        self._before = {s: signal.signal(s, self._exit) for s in _ENDING}
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @staticmethod
-    def _exit(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+    def _exit(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise Ended(128 + number)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore SIGINT, SIGTERM and SIGHUP meanwhile: for cleaning up, which a second Ctrl-C would leave half done."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *_ENDING)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
