@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from fedcmt.flare import poc
 from fedcmt.flare.poc import PROJECT, project, run_poc
-from fedcmt.flare.processes import EngineError
+from fedcmt.flare.processes import Ended, EngineError, end_workspace
 from fedcmt.logs import LAUNCHER_PREFIX
 from fedcmt.workspace import WORKSPACE_VARIABLE
 from tests.flare.running import is_running, stand_in
@@ -17,14 +19,17 @@ FLARE = """
 echo "$3 $4 $HOME $*" >> "$CALLS"
 kits="$NVFLARE_POC_WORKSPACE/poc/prod_00"
 case "$3 $4" in
-  "poc prepare") mkdir -p "$kits/a" "$kits/server"; echo '{"data": {}}' ;;
+  "poc prepare")
+    mkdir -p "$kits/a" "$kits/server" "$kits/../state"; echo key > "$kits/../state/cert.json"; echo '{"data": {}}' ;;
   "poc start")
-    printf 'up\\nfedcmt| round 1\\nunfini' > "$kits/server/console"; echo a1 > "$kits/a/console"
+    ls -ld "$HOME_OF_POC" "$NVFLARE_POC_WORKSPACE" "$kits/../state/cert.json" > "$MODES"
+    printf 'up\\nfedcmt| round 1\\nunfini' > "$kits/server/poc_console.log"; echo a1 > "$kits/a/poc_console.log"
     setsid sleep 60 >/dev/null 2>&1 & echo $! > "$PIDS"
+    START
     echo 'INFO: noise'
-    echo '{"data": {"console_logs": {"server": "'$kits'/server/console", "a": "'$kits'/a/console"}}}' ;;
+    echo '{"data": {}}' ;;
   "job submit") echo '{"data": {"job_id": "j1"}}' ;;
-  "job wait") printf 'shed\\n' >> "$kits/server/console"; WAIT ;;
+  "job wait") printf 'shed\\n' >> "$kits/server/poc_console.log"; WAIT ;;
   "job download") mkdir -p "$7"; echo fetched > "$7/it"; echo '{"data": {}}' ;;
 esac
 """
@@ -35,8 +40,15 @@ FAILED = """echo '{"status": "error", "message": "Job j1 ended.", "hint": "look"
 class Ran:
     """A POC that ran in a folder, up to its error if there was one."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, wait: str = COMPLETED, script: str = FLARE):
-        stand_in(folder, script.replace("WAIT", wait), monkeypatch)
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        wait: str = COMPLETED,
+        script: str = FLARE,
+        start: str = ":",
+    ):
+        stand_in(folder, script.replace("WAIT", wait).replace("START", start), monkeypatch)
         self.folder = folder / "flare"
         self.lines: list[str] = []
         self._calls, self._pids = folder / "calls", folder / "pids"
@@ -45,6 +57,8 @@ class Ran:
             "HOME": "/home/user",
             "CALLS": str(self._calls),
             "PIDS": str(self._pids),
+            "MODES": str(folder / "modes"),
+            "HOME_OF_POC": str(self.folder / "home"),
             WORKSPACE_VARIABLE: str(folder),
         }
         self.log = folder / "logs" / "flare.log"
@@ -100,10 +114,33 @@ def test_a_job_that_fails_is_an_error_with_its_reason_and_leaves_no_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = Ran(tmp_path, monkeypatch, wait=FAILED)
-    assert str(ran.error) == "the job did not complete in FLARE's POC: Job j1 ended.; look"
+    what = "the job did not complete in FLARE's POC: Job j1 ended.; look"
+    assert str(ran.error) == f"{what}; all that was logged is in {ran.log}"
     assert [is_running(pid) for pid in ran.services] == [False]
-    assert (ran.folder / "poc").is_dir()
+    assert sorted(path.name for path in ran.folder.iterdir()) == ["project.yml"]
     assert "unfinished" in ran.lines
+
+
+def test_keys_are_made_where_nobody_else_can_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Ran(tmp_path, monkeypatch)
+    modes = [line.split()[0] for line in (tmp_path / "modes").read_text().splitlines()]
+    assert sorted(modes) == ["-rw-------", "drwx------", "drwx------"]
+
+
+@pytest.mark.parametrize(
+    ("line", "whose"),
+    [
+        ("FederatedServer - INFO - Failing job 1f-2 due to reported failure from north_2: exception", "site 'north_2'"),
+        ("ServerEngine - INFO - Job: 1f-2 child process exit with return code 1", "the server"),
+    ],
+)
+def test_a_process_of_the_job_that_dies_is_named_with_what_to_do(
+    line: str, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = Ran(tmp_path, monkeypatch, wait=f'echo "{line}" >> "$kits/server/poc_console.log"; {FAILED}')
+    reason = "it was killed, ran out of memory or crashed"
+    what = f"the job's process at {whose} died ({reason}); --resume goes on with the run"
+    assert str(ran.error) == f"{what}; all that was logged is in {ran.log}"
 
 
 def test_a_poc_that_does_not_start_is_an_error_with_what_flare_said(
@@ -111,7 +148,46 @@ def test_a_poc_that_does_not_start_is_an_error_with_what_flare_said(
 ) -> None:
     script = 'case "$4" in start) echo port taken >&2; exit 2 ;; *) mkdir -p "$NVFLARE_POC_WORKSPACE" ;; esac'
     ran = Ran(tmp_path, monkeypatch, script=script)
-    assert str(ran.error) == "nvflare poc start failed: port taken"
+    assert str(ran.error) == f"nvflare poc start failed: port taken; all that was logged is in {ran.log}"
+
+
+def test_what_services_wrote_before_a_start_failed_is_logged_and_their_keys_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = Ran(tmp_path, monkeypatch, start="exit 2")
+    assert str(ran.error).startswith("nvflare poc start failed: ")
+    assert "a: a1" in ran.log.read_text().splitlines()
+    assert sorted(path.name for path in ran.folder.iterdir()) == ["project.yml"]
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Ended), (signal.SIGHUP, Ended)]
+)
+def test_a_signal_while_it_starts_and_one_while_it_cleans_up_leave_neither_service_nor_key(
+    number: signal.Signals, raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(workspace: str | None) -> None:
+        os.kill(os.getpid(), number)
+        end_workspace(workspace)
+
+    monkeypatch.setattr(poc, "end_workspace", end)
+    with pytest.raises(raised):
+        Ran(tmp_path, monkeypatch, start=f"kill -{number.value} {os.getpid()}; exec sleep 60")
+    assert not is_running(int((tmp_path / "pids").read_text()))
+    assert sorted(path.name for path in (tmp_path / "flare").iterdir()) == ["project.yml"]
+
+
+def test_a_terminal_that_is_gone_does_not_keep_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(line: str) -> None:
+        if line == "up":
+            raise BrokenPipeError
+
+    stand_in(tmp_path, FLARE.replace("WAIT", COMPLETED).replace("START", ":"), monkeypatch)
+    variables = {name: str(tmp_path / name) for name in ("CALLS", "PIDS", "MODES", "HOME_OF_POC")}
+    environment = {"PATH": os.environ["PATH"], WORKSPACE_VARIABLE: str(tmp_path), **variables}
+    with pytest.raises(BrokenPipeError):
+        run_poc(tmp_path / "job", tmp_path / "f", ["a"], environment=environment, log=tmp_path / "log", on_line=closed)
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == ["project.yml"]
 
 
 def test_an_interruption_while_following_ends_the_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +212,8 @@ def test_a_service_that_dies_while_its_job_is_followed_is_an_error_with_its_name
     service = "sh -c 'sleep 60; :' -m nvflare.private.fed.app.client.client_train -m $kits/a -s fed_client.json"
     script = FLARE.replace("setsid sleep 60", f"setsid {service}")
     ran = Ran(tmp_path, monkeypatch, wait="kill -9 $(cat $PIDS); exec sleep 60", script=script)
-    assert str(ran.error) == "the process of 'a' ended while the job ran; --resume goes on with the run"
+    what = "the process of 'a' ended while the job ran; --resume goes on with the run"
+    assert str(ran.error) == f"{what}; all that was logged is in {ran.log}"
     assert [is_running(pid) for pid in ran.services] == [False]
 
 

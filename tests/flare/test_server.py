@@ -1,6 +1,7 @@
 """The controller: what it refuses before it asks a site for anything."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -32,6 +33,26 @@ def panic(algorithm: Algorithm, planning: dict, workspace: Path) -> str:
     (reason, _), _ = ended.call_args
     assert (workspace / "server" / "failure.txt").read_text() == reason
     return reason
+
+
+def test_a_job_that_flare_ends_leaves_no_reason_as_if_it_were_the_server_s(tmp_path: Path) -> None:
+    context = MagicMock()
+    context.get_engine().get_component.return_value = FedAvg()
+    context.get_engine().get_clients.return_value = [SimpleNamespace(name="client1")]
+    context.get_prop.side_effect = {FLContextKey.JOB_META: {"name": "by_hand"}}.get
+    rounds = FederatedRounds(2)
+    with (
+        environment({WORKSPACE_VARIABLE: str(tmp_path)}),
+        patch.object(rounds, "system_panic") as ended,
+        patch.object(rounds, "log_error"),
+        patch.object(rounds, "send"),
+        patch("fedcmt.flare.server.log_for_launcher"),
+    ):
+        rounds.start_controller(context)
+        rounds.control_flow(MagicMock(triggered=True), context)
+    (reason, _), _ = ended.call_args
+    assert reason.endswith("the job was aborted")
+    assert not (tmp_path / "server" / "failure.txt").exists()
 
 
 @pytest.mark.parametrize(

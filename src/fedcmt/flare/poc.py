@@ -5,6 +5,7 @@ listens on a port that was free, so that several POCs run beside one another.
 """
 
 import json
+import re
 import shutil
 import site
 import socket
@@ -18,7 +19,14 @@ from typing import IO, Any
 
 import psutil
 
-from fedcmt.flare.processes import EngineError, check_folder, end_workspace, ending_on_signals, processes_of
+from fedcmt.flare.processes import (
+    EngineError,
+    check_folder,
+    end_workspace,
+    ending_on_signals,
+    processes_of,
+    undisturbed,
+)
 from fedcmt.json_file import write_json
 from fedcmt.logs import LAUNCHER_PREFIX
 from fedcmt.workspace import WORKSPACE_VARIABLE
@@ -26,11 +34,16 @@ from fedcmt.workspace import WORKSPACE_VARIABLE
 ADMIN = "admin@poc.local"
 PROJECT = "poc"
 _SERVER = "server"
+_CONSOLE = "poc_console.log"
+"""In the kit of each service: what FLARE writes the service's output to."""
 _READY_SECONDS = 180
 _COMMAND_SECONDS = 300
 _POLL_SECONDS = 0.5
+_GO_ON = "--resume goes on with the run"
 _SERVICES = ("nvflare.private.fed.app.server.server_train", "nvflare.private.fed.app.client.client_train")
 """Modules that the server and each site run from start to end; each job has further processes."""
+_DEAD_SITE = re.compile(r"Failing job \S+ due to reported failure from ([\w-]+)")
+_DEAD_SERVER = re.compile(r"Job: \S+ child process exit with return code (?!0\b)")
 _BUILDERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("nvflare.lighter.impl.workspace.WorkspaceBuilder", {"template_file": ["master_template.yml"]}),
     ("nvflare.lighter.impl.static_file.StaticFileBuilder", {"config_folder": "config", "scheme": "grpc"}),
@@ -60,7 +73,9 @@ def run_poc(
       on_line: Gets every line too, without it, for the terminal.
 
     Raises:
-      EngineError: If the POC cannot be started or the job does not complete; what the POC left is then kept.
+      EngineError: If the POC cannot be started or the job does not complete.
+
+    However it ends, also on a signal, no process and no key is left; ``log`` then has all that the services wrote.
     """
     check_folder(folder)
     if folder.exists():
@@ -69,32 +84,51 @@ def run_poc(
     log.parent.mkdir(parents=True, exist_ok=True)
     poc = _Poc(folder, environment)
     with log.open("w") as file, ending_on_signals():
+        consoles = _Consoles(poc.kits, file, on_line)
         try:
             port = poc.prepare(sites)
             on_line(f"{LAUNCHER_PREFIX}POC: starting a server on port {port} and {len(sites)} sites")
-            consoles = _Consoles(poc.start(), file, on_line)
+            poc.start()
             services = _Services(environment.get(WORKSPACE_VARIABLE))
 
             def watch() -> None:
                 consoles.show()
                 services.check()
 
-            try:
-                poc.run(job_folder, watch)
-            finally:
-                consoles.show()
+            poc.run(job_folder, watch)
+        except EngineError as error:
+            consoles.show()
+            raise EngineError(f"{consoles.died or error}; all that was logged is in {log}") from error
         finally:
-            end_workspace(environment.get(WORKSPACE_VARIABLE))
-    shutil.rmtree(poc.home)
-    shutil.rmtree(poc.root)  # with its keys: the next run makes its own
+            with undisturbed():
+                try:
+                    end_workspace(environment.get(WORKSPACE_VARIABLE))
+                    consoles.show()
+                finally:  # also where the terminal that lines are shown on is gone
+                    remove_kits(folder)
+
+
+def remove_kits(folder: Path) -> None:
+    """Remove the keys that a POC made in this folder, also one that had no time to: each run makes its own."""
+    for made in (_root(folder), _home(folder)):
+        if made.exists():
+            shutil.rmtree(made)
+
+
+def _root(folder: Path) -> Path:
+    return folder / "poc"
+
+
+def _home(folder: Path) -> Path:
+    return folder / "home"
 
 
 class _Poc:
     """FLARE's own commands, each in a process of its own."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        self.root = folder / "poc"
-        self.home = folder / "home"
+        self.root = _root(folder)
+        self.kits = self.root / PROJECT / "prod_00"
         self._folder = folder
         self._environment = {**environment, "NVFLARE_POC_WORKSPACE": str(self.root)}
 
@@ -103,16 +137,17 @@ class _Poc:
         port = _free_port()
         file = self._folder / "project.yml"
         write_json(file, project(sites, port), indent=2)  # which is YAML too
-        self.home.mkdir()
+        home = _home(self._folder)
+        home.mkdir(mode=0o700)
         # It registers its kits below HOME; packages that pip installed for one user are below HOME as well.
-        own_home = {"HOME": str(self.home), "PYTHONUSERBASE": site.getuserbase()}
-        self._nvflare("poc", "prepare", "-i", str(file), "--force", extra=own_home)
+        own_home = {"HOME": str(home), "PYTHONUSERBASE": site.getuserbase()}
+        # FLARE leaves the key of the certificate authority to the umask.
+        self._nvflare("poc", "prepare", "-i", str(file), "--force", extra=own_home, umask=0o077)
         return port
 
-    def start(self) -> dict[str, Path]:
-        """Start the services and wait until the sites have connected; returns service name to its console's log."""
-        data = self._nvflare("poc", "start", "--timeout", str(_READY_SECONDS), timeout=_READY_SECONDS + 60)
-        return {service: Path(path) for service, path in data["console_logs"].items()}
+    def start(self) -> None:
+        """Start the services and wait until the sites have connected."""
+        self._nvflare("poc", "start", "--timeout", str(_READY_SECONDS), timeout=_READY_SECONDS + 60)
 
     def run(self, job_folder: Path, watch: Callable[[], None]) -> None:
         """Submit the job, follow it to its end, and fetch what FLARE keeps of it; ``watch`` may end it by raising."""
@@ -135,10 +170,14 @@ class _Poc:
         self._nvflare("job", "download", job, "-o", str(self._folder / "result"), *self._as_admin())
 
     def _as_admin(self) -> tuple[str, str]:
-        return "--startup-kit", str(self.root / PROJECT / "prod_00" / ADMIN)
+        return "--startup-kit", str(self.kits / ADMIN)
 
     def _nvflare(
-        self, *words: str, extra: Mapping[str, str] | None = None, timeout: float = _COMMAND_SECONDS
+        self,
+        *words: str,
+        extra: Mapping[str, str] | None = None,
+        timeout: float = _COMMAND_SECONDS,
+        umask: int = -1,
     ) -> dict[str, Any]:
         """The data a command answers with."""
         try:
@@ -150,6 +189,7 @@ class _Poc:
                 text=True,
                 timeout=timeout,
                 start_new_session=True,  # what it starts must not see the terminal's Ctrl-C before we end it
+                umask=umask,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
@@ -177,29 +217,44 @@ class _Services:
         """Raise `EngineError` if one has ended."""
         for process, name in self._found.items():
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                raise EngineError(f"the process of {name!r} ended while the job ran; --resume goes on with the run")
+                raise EngineError(f"the process of {name!r} ended while the job ran; {_GO_ON}")
 
 
 class _Consoles:
-    """The lines that services write, in the order in which they are found."""
+    """The lines that services write, in the order in which they are found.
 
-    def __init__(self, files: Mapping[str, Path], log: IO[str], on_line: Callable[[str], None]) -> None:
-        self._files = files
+    Attributes:
+      died: Which process of the job ended before the job, as far as these lines have told.
+    """
+
+    def __init__(self, kits: Path, log: IO[str], on_line: Callable[[str], None]) -> None:
+        self.died: str | None = None
+        self._kits = kits
         self._log = log
         self._on_line = on_line
-        self._read = dict.fromkeys(files, 0)
+        self._read: dict[Path, int] = {}
 
     def show(self) -> None:
         """Hand on every line that has been completed since the last time."""
-        for service, path in self._files.items():
+        for path in sorted(self._kits.glob(f"*/{_CONSOLE}")):
             with path.open("rb") as file:
-                file.seek(self._read[service])
+                file.seek(self._read.get(path, 0))
                 whole, newline, _ = file.read().rpartition(b"\n")
-            self._read[service] += len(whole) + len(newline)
+            self._read[path] = self._read.get(path, 0) + len(whole) + len(newline)
             for line in whole.decode(errors="replace").split("\n") if newline else ():
-                self._log.write(f"{service}: {line}\n")
+                self._log.write(f"{path.parent.name}: {line}\n")
+                self.died = self.died or _told_death(line)
                 self._on_line(line)
         self._log.flush()
+
+
+def _told_death(line: str) -> str | None:
+    """What the user is told where FLARE's server writes that a process of the job has ended too early."""
+    site_name, server = _DEAD_SITE.search(line), _DEAD_SERVER.search(line)
+    if not (site_name or server):
+        return None
+    whose = f"site {site_name[1]!r}" if site_name else "the server"
+    return f"the job's process at {whose} died (it was killed, ran out of memory or crashed); {_GO_ON}"
 
 
 def project(sites: Sequence[str], port: int) -> dict[str, Any]:

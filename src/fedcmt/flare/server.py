@@ -114,7 +114,8 @@ class FederatedRounds(Controller):
                 results = federation.run(channel, [c.name for c in fl_ctx.get_engine().get_clients()])
         except (FederationError, InUseError, ValueError, OSError) as error:
             self.log_error(fl_ctx, secure_format_exception(error))
-            (folder / "server" / "failure.txt").write_text(str(error))
+            if not abort_signal.triggered:  # else it follows from why FLARE ended the job, which is not known here
+                (folder / "server" / "failure.txt").write_text(str(error))
             self.system_panic(str(error), fl_ctx)
             return
         # In FLARE's folder of the job too, which it keeps and hands out.
