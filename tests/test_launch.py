@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fedcmt.config import ConfigError
+from fedcmt.config import ConfigError, JobConfig
 from fedcmt.federation import FederationError
+from fedcmt.flare.processes import EngineError
 from fedcmt.job_folder import Override, find_job, stage
 from fedcmt.json_file import read_json
-from fedcmt.launch import LaunchError, Run, _set_aside_earlier_run, checked, export, launch
+from fedcmt.launch import LaunchError, Run, _run_in_flare, _set_aside_earlier_run, checked, export, launch
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
@@ -114,6 +115,50 @@ def test_a_fusion_site_that_joins_or_leaves_is_refused_and_the_run_stays(change:
         launch(run)
     assert (tmp_path / "job" / "meta.json").read_bytes() == before
     assert (tmp_path / "server" / "state.safetensors").read_bytes() == b"state"
+
+
+def test_another_job_than_the_one_in_the_workspace_is_not_resumed(tmp_path: Path) -> None:
+    before = resumable(tmp_path)
+    run = Run(find_job(JOBS, "brats_sdl"), tmp_path, "inprocess", [], None, resume=True)
+    with pytest.raises(LaunchError, match=r"holds a run of job 'brats_fedmepd_small', not of 'brats_sdl'; resume"):
+        launch(run)
+    assert (tmp_path / "job" / "meta.json").read_bytes() == before
+    assert (tmp_path / "server" / "state.safetensors").read_bytes() == b"state"
+
+
+def failing(workspace: Path, why: str | None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a run says whose engine ended with an error, after the server gave its own reason or none."""
+
+    def run_poc(*args: object, **more: object) -> None:
+        if why is not None:
+            (workspace / "server").mkdir()
+            (workspace / "server" / "failure.txt").write_text(why)
+        raise EngineError("the job's process at site 'client2' died")
+
+    monkeypatch.setattr("fedcmt.launch.run_poc", run_poc)
+    folder = find_job(JOBS, "brats_sdl")
+    with pytest.raises((LaunchError, EngineError)) as raised:
+        _run_in_flare(Run(folder, workspace, "poc", [], None), JobConfig.from_folder(folder))
+    return str(raised.value)
+
+
+def test_a_server_that_gave_no_reason_leaves_the_word_to_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failing(tmp_path, None, monkeypatch) == "the job's process at site 'client2' died"
+
+
+def test_the_server_s_own_reason_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "logs" / "flare.log"
+    assert failing(tmp_path, "no answer", monkeypatch) == f"no answer\nAll that was logged is in {log}"
+
+
+def test_keys_that_a_killed_launcher_left_are_not_set_aside(tmp_path: Path) -> None:
+    for folder in ("flare/poc/poc/state", "flare/home", "flare/result", "server"):
+        (tmp_path / "job" / folder).mkdir(parents=True)
+    _set_aside_earlier_run(tmp_path / "job")
+    (moved,) = tmp_path.glob("previous/*/flare")
+    assert [path.name for path in moved.iterdir()] == ["result"]
 
 
 def test_a_job_that_is_to_run_later_is_checked_without_a_trace(tmp_path: Path) -> None:

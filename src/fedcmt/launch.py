@@ -24,7 +24,7 @@ from fedcmt.data.split import dataset_names, make_cuts
 from fedcmt.federation import FederationError
 from fedcmt.file_lock import InUseError, exclusive
 from fedcmt.fixed_settings import check_settings
-from fedcmt.flare.poc import run_poc
+from fedcmt.flare.poc import remove_kits, run_poc
 from fedcmt.flare.processes import EngineError, end_workspace
 from fedcmt.flare.simulator import run_simulator
 from fedcmt.job_checks import check_job
@@ -95,7 +95,7 @@ def launch(run: Run) -> dict[str, Any]:
         _check_disk(run.workspace)
         _announce(run)
         if run.resume:
-            _check_resumable(run.workspace)
+            _check_resumable(run)
         staged = _stage(run)
         job = JobConfig.from_folder(staged)
         check_job(job)
@@ -339,9 +339,15 @@ def _check_disk(workspace: Path) -> None:
         )
 
 
-def _check_resumable(workspace: Path) -> None:
-    if not (_state_file(workspace).exists() and (workspace / "job").is_dir()):
-        raise LaunchError(f"--resume: {workspace} holds no run that finished a round; start without --resume")
+def _check_resumable(run: Run) -> None:
+    if not (_state_file(run.workspace).exists() and (run.workspace / "job").is_dir()):
+        raise LaunchError(f"--resume: {run.workspace} holds no run that finished a round; start without --resume")
+    asked, held = (str(read_json(folder / "meta.json").get("name")) for folder in (run.job, run.workspace / "job"))
+    if asked != held:
+        raise LaunchError(
+            f"--resume: {run.workspace} holds a run of job {held!r}, not of {asked!r}; resume {held!r}, or give "
+            "--workspace another folder"
+        )
 
 
 def _state_file(workspace: Path) -> Path:
@@ -349,7 +355,8 @@ def _state_file(workspace: Path) -> Path:
 
 
 def _set_aside_earlier_run(workspace: Path) -> None:
-    """Move what an earlier run left to ``previous/<time>``: nothing is lost, and curves do not mix."""
+    """Move what an earlier run left to ``previous/`` beside the workspace: nothing is lost, and curves do not mix."""
+    remove_kits(workspace / "flare")  # of a launcher that was killed
     found = [workspace / name for name in _RUN_OUTPUTS if (workspace / name).exists()]
     if not any(path.name in ("results.json", "server", "sites") for path in found):
         return
