@@ -95,12 +95,15 @@ def test_one_that_is_ended_and_one_that_fails_beside_it_leave_nothing(
         ended.send_signal(signal.SIGTERM)
         assert ended.wait(timeout=60) == 128 + signal.SIGTERM
         assert processes_of(str(tmp_path / "ended")) == []
+        assert "interrupted; everything it started has been ended" in ended.stdout.read()
         output, _ = fails.communicate(timeout=300)
     assert fails.returncode == 1, output
     assert "Site 'client2'" in output
     assert "logs/flare.log" in output
     assert "Traceback" not in output
     assert processes_of(str(tmp_path / "fails")) == []
+    assert list(tmp_path.rglob("*.key")) == []
+    assert list(tmp_path.rglob("cert.json")) == []
 
 
 def start(workspace: Path, variables: Mapping[str, str]) -> subprocess.Popen[str]:
