@@ -15,6 +15,7 @@ from fedcmt.flare.processes import (
     end_processes,
     ending_on_signals,
     processes_of,
+    undisturbed,
 )
 from fedcmt.workspace import WORKSPACE_VARIABLE
 
@@ -72,8 +73,9 @@ def run_simulator(
                         raise EngineError(f"the process of site {died[1]!r} died ({reason}); the log is {log}")
                 code = process.wait()
         finally:
-            end_processes({*descendants(process.pid), *processes_of(environment.get(WORKSPACE_VARIABLE))})
-            process.wait()
+            with undisturbed():
+                end_processes({*descendants(process.pid), *processes_of(environment.get(WORKSPACE_VARIABLE))})
+                process.wait()
     if code != 0:
         raise EngineError(f"FLARE's simulator ended with exit code {code}; all it wrote is in {log}")
 
