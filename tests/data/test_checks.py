@@ -551,6 +551,28 @@ def test_a_header_that_promises_more_than_the_file_can_hold_asks_for_no_memory(d
     assert any(FIRST in line and "cannot be read (the header says" in line for line in problems(dataset))
 
 
+def with_header(path: Path, offset: int, dtype: str, values: list[int]) -> None:
+    """Write numbers over those of a NIfTI header."""
+    whole = bytearray(gzip.decompress(path.read_bytes()))
+    put_in = np.array(values, dtype).tobytes()
+    whole[offset : offset + len(put_in)] = put_in
+    path.write_bytes(gzip.compress(bytes(whole)))
+
+
+@pytest.mark.parametrize("name", [FIRST, LABEL])
+def test_an_image_of_no_voxels_is_named(dataset: Path, name: str) -> None:
+    with_header(dataset / name, 40, "<i2", [4, 6, 7, 8, 0])  # dim: four axes, the last of length 0
+    assert only_problem(dataset).startswith(f"- {name} holds 0 voxels; expected 336 on a grid of (6, 7, 8). The header")
+
+
+@pytest.mark.parametrize("name", [FIRST, LABEL])
+def test_an_image_of_colours_is_named(dataset: Path, name: str) -> None:
+    with_header(dataset / name, 70, "<i2", [128, 24])  # datatype RGB24 and its bits per voxel
+    with pytest.raises(DatasetError, match=f"{name} has 3 dimensions of .* and 3 values per voxel; expected 3 dim"):
+        checks.read_image(dataset / name)
+    assert only_problem(dataset).startswith(f"- {name} has 3 dimensions of (6, 7, 8) and 3 values per voxel")
+
+
 def test_splits_are_read_by_fold(tmp_path: Path) -> None:
     folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": []}]
     (tmp_path / "splits_final.json").write_text(json.dumps(folds))

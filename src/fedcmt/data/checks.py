@@ -83,8 +83,8 @@ class Case:
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """Where an image's voxels lie."""
+class Grid:
+    """Where an image's voxels lie, along x, y and z; ``direction`` is row-major."""
 
     size_vox: tuple[int, ...]
     spacing_mm: tuple[float, ...]
@@ -576,11 +576,11 @@ def _case_problems(case: _CaseFiles, allowed: Sequence[int], missing_channels: b
     """Read each file of one case once; only grids are kept, so one image is in memory at a time."""
     problems: list[str] = []
     blank: list[str] = []
-    reference: tuple[Path, _Grid] | None = None
+    reference: tuple[Path, Grid] | None = None
     for path in [*case.channels, *([case.label] if case.label else [])]:
         grid, found = _file_problem(path, allowed if path == case.label else None)
         if found:
-            (blank if found is _BLANK else problems).append(f"{_short(path)} {found}")
+            (blank if found.endswith(_BLANK) else problems).append(found)
         if grid is None:
             continue
         if reference is None:
@@ -596,26 +596,41 @@ def _case_problems(case: _CaseFiles, allowed: Sequence[int], missing_channels: b
 _BLANK = "is 0 in every voxel. Remove the case, or export the image again."
 
 
-def _file_problem(path: Path, allowed: Sequence[int] | None) -> tuple[_Grid | None, str | None]:
+def _file_problem(path: Path, allowed: Sequence[int] | None) -> tuple[Grid | None, str | None]:
     """The grid of a readable 3-D file and what is wrong with it; ``allowed`` are label values, None for an image."""
     try:
+        grid, array = read_image(path)
+    except DatasetError as error:
+        return None, str(error)
+    found = _intensity_problem(array) if allowed is None else _label_image_problem(array, allowed)
+    return grid, f"{_short(path)} {found}" if found else None
+
+
+def read_image(path: Path) -> tuple[Grid, np.ndarray]:
+    """Grid and voxels of an image or a label image; the axes of NIfTI's array are (x, y, z), of others (z, y, x).
+
+    Raises:
+      DatasetError: In one line, if the file cannot be read or is no 3-D image of one number per voxel.
+    """
+    try:
         header = _read_header(path)
-        grid = _Grid(header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
-        components = header.GetNumberOfComponents()
-        if header.GetDimension() != 3 or components != 1:
-            return None, (
-                f"has {header.GetDimension()} dimensions of {grid.size_vox} and {components} values per voxel; "
-                "expected 3 dimensions and 1 value. Split it into one 3-D file per channel."
-            )
-        if problem := _grid_problem(grid):
-            return None, problem
+        grid = Grid(header.GetSize(), header.GetSpacing(), header.GetOrigin(), header.GetDirection())
+        if problem := _header_problem(header) or _grid_problem(grid):
+            raise DatasetError(f"{_short(path)} {problem}")
         array = read_voxels(path)
+    except DatasetError:  # a ValueError too
+        raise
     except READ_ERRORS as error:
-        return None, (
-            f"cannot be read ({reason_of(error)}). The file is cut off, damaged or of another format: "
+        raise DatasetError(
+            f"{_short(path)} cannot be read ({reason_of(error)}). The file is cut off, damaged or of another format: "
             "copy or convert it again."
+        ) from error
+    if array.size != (expected := math.prod(grid.size_vox)):
+        raise DatasetError(
+            f"{_short(path)} holds {array.size} voxels; expected {expected} on a grid of {grid.size_vox}. The header "
+            "is damaged: export the image again."
         )
-    return grid, _intensity_problem(array) if allowed is None else _label_image_problem(array, allowed)
+    return grid, array
 
 
 def _read_header(path: Path) -> sitk.ImageFileReader:
@@ -670,7 +685,18 @@ def _label_image_problem(array: np.ndarray, allowed: Sequence[int]) -> str | Non
     )
 
 
-def _grid_problem(grid: _Grid) -> str | None:
+def _header_problem(header: sitk.ImageFileReader) -> str | None:
+    """How an image is not one 3-D array of numbers, or None."""
+    axes, components = header.GetDimension(), header.GetNumberOfComponents()
+    if axes == 3 and components == 1:
+        return None
+    return (
+        f"has {axes} dimensions of {header.GetSize()} and {components} values per voxel; "
+        "expected 3 dimensions and 1 value. Split it into one 3-D file per channel."
+    )
+
+
+def _grid_problem(grid: Grid) -> str | None:
     """What cannot be of a medical image's grid, or None."""
     if not all(_SMALLEST_EDGE_MM <= edge <= _LARGEST_EDGE_MM for edge in grid.spacing_mm):
         return (
@@ -685,7 +711,7 @@ def _grid_problem(grid: _Grid) -> str | None:
     return None
 
 
-def _grid_difference(grid: _Grid, reference: _Grid) -> str | None:
+def _grid_difference(grid: Grid, reference: Grid) -> str | None:
     """What differs, or None.
 
     Equal means: spacing within 0.1 %, direction within 0.001, origin within 1 % of the smallest voxel edge. The
