@@ -5,11 +5,12 @@ import json
 import shutil
 import socket
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nibabel
 import numpy as np
 import psutil
 import pytest
@@ -598,6 +599,32 @@ def test_a_broken_data_set_has_a_line_per_problem_and_no_forecast(site: Path) ->
     assert first.name in found[0].found + found[1].found
     assert of(report, "data set")[-1].found == "checks across cases left out"
     assert report.forecast is None
+
+
+def four_axes(path: Path) -> None:
+    image = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.stack([image.get_fdata()] * 2, axis=-1), image.affine), path)
+
+
+def colours(path: Path) -> None:
+    red = np.zeros((24, 28, 20), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(red, nibabel.load(path).affine), path)
+
+
+def no_voxels(path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.zeros((24, 28, 20, 0), np.float32), nibabel.load(path).affine), path)
+
+
+@pytest.mark.parametrize("spoil", [four_axes, colours, no_voxels])
+def test_an_image_of_another_kind_is_named_and_cases_are_not_compared(
+    site: Path, spoil: Callable[[Path], None]
+) -> None:
+    path = sorted((site / "imagesTr").glob("*_0000.nii.gz"))[1]
+    spoil(path)
+    wrong, left_out = of(examine(request(quick=True)), "data set")
+    assert (wrong.level, left_out.level) == (Level.PROBLEM, Level.WARNING)
+    assert wrong.found.startswith(f"imagesTr/{path.name} h")
+    assert left_out.found == "checks across cases left out"
 
 
 def test_too_few_cases_are_a_problem_and_are_looked_at_all_the_same(site: Path) -> None:

@@ -144,7 +144,7 @@ def _data_findings(dataset: Path, config: SiteConfig | None, report: Report) -> 
     except READ_ERRORS:  # DatasetError among them
         if sound:
             raise
-        expected = "files that can be read, a label for each case"
+        expected = "3-D images that can be read, a label for each case"
         report.add("Data set", warning("data set", "checks across cases left out", expected, "Run this again then."))
         return []
     report.add("Data set", *across_cases(facts, channel_names(dataset_json), dataset_json["labels"]))

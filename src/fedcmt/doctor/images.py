@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
-from fedcmt.data.checks import list_cases, list_training_cases, read_voxels
+from fedcmt.data.checks import Grid, list_cases, list_training_cases, read_image
 from fedcmt.doctor.findings import Finding, ok, problem, some, warning
 from fedcmt.models.scopes import slot_name
 from fedcmt.progress import Progress
@@ -62,7 +61,7 @@ def read_facts(folder: Path, dataset_json: Mapping[str, object]) -> list[CaseFac
     """Read every image and label of a data set that passed `check_dataset`, one at a time.
 
     Raises:
-      DatasetError: If files are missing.
+      DatasetError: If files are missing, or one is no 3-D image that can be read.
     """
     training = list_training_cases(folder, dataset_json)
     test = list_cases(folder, dataset_json, "imagesTs") if any((folder / "imagesTs").glob("*")) else {}
@@ -78,22 +77,21 @@ def read_facts(folder: Path, dataset_json: Mapping[str, object]) -> list[CaseFac
 
 
 def _facts(case: str, images: Sequence[Path], label: Path | None) -> CaseFacts:
-    header = sitk.ImageFileReader()
-    header.SetFileName(str(images[0]))
-    header.ReadImageInformation()
-    digests, lows, highs = zip(*(_channel_facts(path) for path in images), strict=True)
+    grids, digests, lows, highs = zip(*(_channel_facts(path) for path in images), strict=True)
     voxels: dict[int, int] = {}
     if label is not None:
-        values, counts = np.unique(read_voxels(label), return_counts=True)
+        values, counts = np.unique(read_image(label)[1], return_counts=True)
         voxels = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
-    return CaseFacts(case, header.GetSize(), header.GetSpacing(), header.GetDirection(), digests, lows, highs, voxels)
+    grid = grids[0]
+    return CaseFacts(case, grid.size_vox, grid.spacing_mm, grid.direction, digests, lows, highs, voxels)
 
 
-def _channel_facts(path: Path) -> tuple[str, float, float]:
+def _channel_facts(path: Path) -> tuple[Grid, str, float, float]:
+    grid, array = read_image(path)
     # One type for all, so that a copy that was stored in another one is found too.
-    array = np.ascontiguousarray(read_voxels(path), dtype=np.float32)
+    array = np.ascontiguousarray(array, dtype=np.float32)
     digest = hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest() if array.any() else ""
-    return digest, float(array.min()), float(array.max())
+    return grid, digest, float(array.min()), float(array.max())
 
 
 def across_cases(
