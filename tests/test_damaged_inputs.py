@@ -21,6 +21,7 @@ from torch import Tensor
 from fedcmt.algorithms.fedavg import FedAvg
 from fedcmt.config import SERVER_CONFIG, ConfigError, JobConfig, SiteConfig, build_algorithm
 from fedcmt.data.checks import DatasetError, check_dataset, read_dataset_json, read_splits
+from fedcmt.doctor.examine import Request, examine
 from fedcmt.egress import EgressLogError, read_log
 from fedcmt.federation import FederationError
 from fedcmt.json_file import JsonFileError, write_json, write_state
@@ -55,13 +56,13 @@ OURS = (
     *(ConfigError, DatasetError, EgressLogError, FederationError, JsonFileError, LedgerError, ParameterError),
     PredictionInputError,
 )
-IMAGES, DATASET_JSONS, SPLITS, JOBS, SITE_SETTINGS, MODELS = 200, 100, 40, 160, 60, 40
+IMAGES, HEADERS, DATASET_JSONS, SPLITS, JOBS, SITE_SETTINGS, MODELS = 160, 40, 100, 40, 160, 60, 40
 ANSWERS, OTHER_ANSWERS, CODED, FINGERPRINTS = 80, 60, 40, 40
 STATES, SERVER_STATES, SITE_FILES, LEDGERS = 60, 30, 40, 50
 
 
 def test_they_are_a_thousand() -> None:
-    inputs = IMAGES + DATASET_JSONS + SPLITS + JOBS + SITE_SETTINGS + MODELS
+    inputs = IMAGES + HEADERS + DATASET_JSONS + SPLITS + JOBS + SITE_SETTINGS + MODELS
     messages = ANSWERS + OTHER_ANSWERS + CODED + FINGERPRINTS
     assert inputs + messages + STATES + SERVER_STATES + SITE_FILES + LEDGERS == 1000
 
@@ -155,6 +156,37 @@ def test_a_damaged_image_is_named_or_harmless(dataset: Path) -> None:
             ended(damage, lambda: check_images(dataset / "imagesTr", dataset_json), path.name.split("_")[0])
 
     survive(IMAGES, attempt)
+
+
+def spoil_header(path: Path, rng: Rng) -> str:
+    """Write another size or type of voxels into a header, or bytes over its sizes, spacings, scales or directions."""
+    whole = bytearray(gzip.decompress(path.read_bytes()))
+    if rng.random() < 0.5:
+        place = chosen(rng, (*range(40, 50, 2), 70, 70))  # dim[0] to dim[4], datatype
+        value = chosen(rng, (2, 8, 32, 64, 128, 512, 1536, 2304) if place == 70 else (-1, 0, 1, 2, 4, 32767))
+        whole[place : place + 2] = value.to_bytes(2, "little", signed=True)
+        what = f"{value} at {place}"
+    else:
+        places = rng.integers(*chosen(rng, ((40, 56), (70, 120), (252, 330))), size=int(rng.integers(1, 4)))
+        for place in places:
+            whole[place] = chosen(rng, (0, 1, 2, 4, 128, 255, int(rng.integers(256))))
+        what = f"bytes {[(int(place), whole[place]) for place in places]}"
+    path.write_bytes(gzip.compress(bytes(whole), 1))
+    return f"{path.name}: header {what}"
+
+
+def test_the_doctor_reports_on_a_damaged_header(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_raw", str(dataset.parent))
+
+    def attempt(rng: Rng) -> None:
+        path = dataset / chosen(rng, ("imagesTr/a_0000.nii.gz", "imagesTr/b_0001.nii.gz", "labelsTr/a.nii.gz"))
+        with restored(path):
+            damage = spoil_header(path, rng)
+            report = ended(damage, lambda: examine(Request(dataset_id=43, quick=True)), path.name)
+            assert report is not None, damage
+            assert report.sections["Data set"], damage
+
+    survive(HEADERS, attempt)
 
 
 # JSON files
