@@ -14,7 +14,7 @@ import torch
 
 from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import SiteConfig
-from fedcmt.data.checks import check_dataset, find_dataset, read_dataset_json, read_splits
+from fedcmt.data.checks import check_dataset, find_dataset, find_splits, read_dataset_json, read_splits
 from fedcmt.data.classes import read_classes
 from fedcmt.evaluation.regions import with_score_regions
 from fedcmt.json_file import read_state, write_state
@@ -229,14 +229,14 @@ class Site:
 
         Where a split has fewer folds than the site's, all: the trainer refuses it by name.
         """
-        fold, name = self._config.fold, "splits_final.json"
+        fold = self._config.fold
         if fold == "all":
             return num_cases
-        for file in (self._dataset / name, nnunet_folder("nnUNet_preprocessed") / self._dataset.name / name):
-            if file.is_file():
-                splits = read_splits(file)
-                return len(splits[fold]["train"]) if fold < len(splits) else num_cases
-        return num_cases - len(range(fold, num_cases, _NUM_FOLDS))
+        file = find_splits(self._dataset, nnunet_folder("nnUNet_preprocessed"))
+        if file is None:
+            return num_cases - len(range(fold, num_cases, _NUM_FOLDS))
+        splits = read_splits(file)
+        return len(splits[fold]["train"]) if fold < len(splits) else num_cases
 
     def _release(self, task: Task, message: Message, answer: Message) -> None:
         """Check, record and count the answer."""

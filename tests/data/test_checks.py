@@ -15,7 +15,9 @@ from fedcmt.data.checks import (
     DatasetError,
     channel_names,
     check_dataset,
+    check_splits,
     find_dataset,
+    find_splits,
     list_cases,
     list_training_cases,
     read_dataset_json,
@@ -594,3 +596,24 @@ def test_damaged_splits_are_refused_by_file(text: str, said: str, tmp_path: Path
     (tmp_path / "splits_final.json").write_text(text)
     with pytest.raises(DatasetError, match=rf"splits_final\.json: {said}"):
         read_splits(tmp_path / "splits_final.json")
+
+
+def test_the_data_set_s_own_split_comes_before_nnunet_s(tmp_path: Path) -> None:
+    own, other = tmp_path / "raw/Dataset001_A", tmp_path / "preprocessed/Dataset001_A"
+    assert find_splits(own, tmp_path / "preprocessed") is None
+    for folder in (other, own):
+        folder.mkdir(parents=True)
+        (folder / "splits_final.json").write_text("[]")
+        assert find_splits(own, tmp_path / "preprocessed") == folder / "splits_final.json"
+        assert find_splits(own, None) == (own / "splits_final.json" if folder == own else None)
+
+
+def test_only_the_fold_that_is_trained_must_name_cases_that_are_there(tmp_path: Path) -> None:
+    file = tmp_path / "splits_final.json"
+    file.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["a"], "val": ["c", "d"]}]))
+    check_splits(file, ["a", "b"], 0)
+    for fold in (1, None):
+        with pytest.raises(DatasetError, match=r"names 2 cases that imagesTr does not hold: \['c', 'd'\]\. Correct"):
+            check_splits(file, ["a", "b"], fold)
+    with pytest.raises(DatasetError, match=r"has 2 folds, fold is 2; set sites.fold to 0 to 1$"):
+        check_splits(file, ["a", "b", "c", "d"], 2)

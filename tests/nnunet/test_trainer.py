@@ -241,8 +241,10 @@ def test_the_data_set_s_own_split_decides_who_validates(
     cases = sorted(trainer_of(site, monkeypatch).dataset_class.get_identifiers(folder_of(site)))
     file = with_split(site, [{"train": cases[:2], "val": cases[2:3]}])
     try:
-        assert trainer_of(site, monkeypatch).do_split() == (cases[:2], cases[2:3])
         trainer = trainer_of(site, monkeypatch)
+        assert trainer.do_split() == (cases[:2], cases[2:3])
+        trainer.dataset_class = None  # as before `initialize`
+        assert trainer.do_split() == (cases[:2], cases[2:3])
         trainer.fold = 1
         with pytest.raises(DatasetError, match=r"has 1 folds, fold is 1; set sites.fold to 0 to 0"):
             trainer.do_split()

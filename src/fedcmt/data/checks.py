@@ -15,7 +15,7 @@ import re
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from fedcmt.models.scopes import slot_name
 
 FILE_ENDINGS = (".nii.gz", ".nrrd", ".mha", ".gipl")
 """What nnU-Net reads through SimpleITK, which keeps oblique grids."""
+
+SPLITS_FILE = "splits_final.json"
 
 MAX_PROBLEMS_SHOWN = 20
 
@@ -175,6 +177,41 @@ def read_splits(file: Path) -> list[dict[str, list[str]]]:
             "Restore the file."
         )
     return folds
+
+
+def find_splits(dataset: Path, preprocessed: Path | None) -> Path | None:
+    """The split that training takes: the data set's own, else nnU-Net's in its preprocessed folder; None draws one.
+
+    Args:
+      dataset: The dataset folder.
+      preprocessed: The nnU-Net preprocessed folder; None if it is not known.
+    """
+    folders = [dataset] if preprocessed is None else [dataset, preprocessed / dataset.name]
+    return next((folder / SPLITS_FILE for folder in folders if (folder / SPLITS_FILE).is_file()), None)
+
+
+def check_splits(file: Path, cases: Collection[str], fold: int | None = None) -> None:
+    """Check a split before it is trained on.
+
+    Args:
+      file: A splits_final.json.
+      cases: The training cases that are there.
+      fold: The one that is trained; None checks all.
+
+    Raises:
+      DatasetError: If the file is damaged or lacks the fold, for which nnU-Net would draw cases at random, or names
+        cases that are not there.
+    """
+    folds = read_splits(file)
+    if fold is not None and fold >= len(folds):
+        raise DatasetError(f"{file}: has {len(folds)} folds, fold is {fold}; set sites.fold to 0 to {len(folds) - 1}")
+    checked = folds if fold is None else [folds[fold]]
+    named = {case for split in checked for part in ("train", "val") for case in split[part]}
+    if missing := sorted(named - set(cases)):
+        raise DatasetError(
+            f"{file}: names {len(missing)} cases that imagesTr does not hold: {missing[:5]}. Correct the file, or add "
+            "the cases."
+        )
 
 
 def _is_fold(value: object) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from fedcmt.data.checks import Case, list_training_cases, read_dataset_json
+from fedcmt.data.checks import SPLITS_FILE, Case, list_training_cases, read_dataset_json
 from fedcmt.file_lock import exclusive
 from fedcmt.json_file import JsonFileError, read_json, write_json
 from fedcmt.nnunet.normalization import with_own_schemes
@@ -46,7 +46,7 @@ def install_plans(
     write_json(folder / "dataset.json", read_dataset_json(dataset_folder), indent=2)
     write_json(folder / "dataset_fingerprint.json", fingerprint, indent=2)
     write_json(plans_file, plans, indent=2)
-    own_split = dataset_folder / "splits_final.json"
+    own_split = dataset_folder / SPLITS_FILE
     if own_split.is_file():  # the data set's own validation cases; nnU-Net would draw five folds
         shutil.copyfile(own_split, folder / own_split.name)
     return plans_file

@@ -17,13 +17,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
 from fedcmt.config import OptimizerConfig
-from fedcmt.data.checks import DatasetError, read_splits
+from fedcmt.data.checks import SPLITS_FILE, DatasetError, check_splits
 from fedcmt.models.fedmepd import FedMEPDNet
 from fedcmt.models.fedmepd_loss import fedmepd_loss
 from fedcmt.models.munet_loss import published_loss
@@ -159,17 +160,14 @@ class SiteTrainer(nnUNetTrainer):
         """nnU-Net's training and validation cases of the fold.
 
         Raises:
-          DatasetError: If splits_final.json is damaged or lacks the fold, for which nnU-Net would draw cases at random,
-            or names cases that are not there.
+          DatasetError: As `check_splits` of splits_final.json, before nnU-Net reads it.
         """
-        file = Path(self.preprocessed_dataset_folder_base) / "splits_final.json"
-        if self.fold != "all" and file.is_file() and self.fold >= (count := len(read_splits(file))):
-            raise DatasetError(f"{file}: has {count} folds, fold is {self.fold}; set sites.fold to 0 to {count - 1}")
-        training, validation = super().do_split()
-        there = set(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
-        if missing := sorted({*training, *validation} - there):
-            raise DatasetError(f"{file}: names {len(missing)} cases that imagesTr does not hold: {missing[:5]}")
-        return training, validation
+        file = Path(self.preprocessed_dataset_folder_base) / SPLITS_FILE
+        if self.fold != "all" and file.is_file():
+            folder = self.preprocessed_dataset_folder
+            dataset_class = self.dataset_class or infer_dataset_class(folder)  # nnU-Net's, which `initialize` sets
+            check_splits(file, dataset_class.get_identifiers(folder), self.fold)
+        return super().do_split()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
         """The site's optimiser and schedule instead of nnU-Net's SGD."""
