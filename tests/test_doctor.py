@@ -647,6 +647,41 @@ def test_a_class_without_a_training_case_is_a_problem(site: Path) -> None:
     assert report.count(Level.PROBLEM) == 1
 
 
+@pytest.mark.parametrize("folder", ["raw", "preprocessed"])
+@pytest.mark.parametrize(
+    ("split", "changes", "message"),
+    [
+        ("[{", {}, "not valid JSON"),
+        ('[{"train": ["nobody"], "val": []}]', {}, "names 1 cases that imagesTr does not hold: ['nobody']"),
+        ('[{"train": ["nobody"], "val": []}]', {"job": None, "overrides": ()}, "names 1 cases"),
+        ('[{"train": [], "val": []}]', {"overrides": (*SMALL, ("sites.fold", 1))}, "has 1 folds, fold is 1"),
+    ],
+)
+def test_a_split_that_a_job_refuses_is_a_problem(
+    site: Path, folder: str, split: str, changes: dict[str, Any], message: str
+) -> None:
+    file = site.parents[1] / folder / site.name / "splits_final.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(split)
+    report = examine(request(quick=True, **changes))
+    assert only(of(report, "data set")).found.startswith(f"{file}: {message}")
+    assert report.count(Level.PROBLEM) == 1
+    assert report.forecast is None
+    whole = (*SMALL, ("sites.fold", "all"))
+    assert only(of(examine(request(quick=True, overrides=whole)), "data set")).level is Level.OK
+
+
+def test_regions_of_labels_that_are_not_there_are_a_problem(site: Path) -> None:
+    labels = {"background": 0, "edema": 1, "necrosis": 2, "enhancing": 3}
+    content = {key: value for key, value in read_json(site / "dataset.json").items() if key != "regions_class_order"}
+    (site / "dataset.json").write_text(json.dumps(content | {"labels": labels}))
+    for label, level in ((3, Level.OK), (7, Level.PROBLEM)):
+        regions = (*SMALL, ("client1.score_regions", {"core": [1, label]}))
+        finding = only(of(examine(request(quick=True, overrides=regions)), "data set"))
+        assert finding.level is level
+    assert "site 'client1': score_regions: 'core' is [1, 7], but dataset.json has no label of [7]" in finding.found
+
+
 def test_a_data_set_that_is_not_there_is_a_problem(site: Path) -> None:
     finding = only(of(examine(Request(dataset_id=9)), "data set"))
     assert finding.level is Level.PROBLEM

@@ -14,7 +14,9 @@ from fedcmt.data.checks import (
     DatasetError,
     channel_names,
     check_dataset,
+    check_splits,
     find_dataset,
+    find_splits,
     read_dataset_json,
 )
 from fedcmt.data.classes import read_classes
@@ -32,6 +34,8 @@ from fedcmt.doctor.machine import (
     workspace_needs,
 )
 from fedcmt.doctor.measurement import a_case, measure
+from fedcmt.evaluation.metrics import EvaluationError
+from fedcmt.evaluation.regions import with_score_regions
 from fedcmt.job_folder import Override
 from fedcmt.whole_cases import site_device
 from fedcmt.workspace import nnunet_folder
@@ -97,7 +101,7 @@ def examine(request: Request) -> Report:
     report.add("Folders", *folder_findings(request.workspace, dataset))
     facts: list[CaseFacts] = []
     if dataset is not None:
-        facts = _data_findings(dataset, None if asked is None else asked.config, report)
+        facts = _data_findings(dataset, asked, report)
     if asked is not None and dataset is not None and facts:
         _forecast(request, asked, dataset, facts, report)
     _resources(request, asked, report)
@@ -133,9 +137,9 @@ def _dataset(request: Request, asked: JobSite | None, report: Report) -> Path | 
         return None
 
 
-def _data_findings(dataset: Path, config: SiteConfig | None, report: Report) -> list[CaseFacts]:
+def _data_findings(dataset: Path, asked: JobSite | None, report: Report) -> list[CaseFacts]:
     """Add what the data set's checks say; returns facts of all cases, or none if a job would refuse the data set."""
-    found = _single_case_findings(dataset, config)
+    found = _single_case_findings(dataset, asked)
     report.add("Data set", *found)
     sound = all(finding.level is Level.OK for finding in found)
     try:
@@ -151,8 +155,9 @@ def _data_findings(dataset: Path, config: SiteConfig | None, report: Report) -> 
     return facts if sound else []
 
 
-def _single_case_findings(dataset: Path, config: SiteConfig | None) -> list[Finding]:
-    """What a job checks before it begins: every file, each case's grid, labels and classes."""
+def _single_case_findings(dataset: Path, asked: JobSite | None) -> list[Finding]:
+    """What a job checks before it trains: every file, each case's grid, labels and classes, and the split."""
+    config = None if asked is None else asked.config
     fold = None if config is None else config.fold
     try:
         summary = check_dataset(
@@ -161,12 +166,27 @@ def _single_case_findings(dataset: Path, config: SiteConfig | None) -> list[Find
             channels=None if config is None else config.channels,
             missing_channels=config is not None and config.missing_channels,
         )
+        if asked is not None:
+            with_score_regions(read_dataset_json(dataset), asked.config.score_regions, f"site {asked.name!r}")
         classes = _class_findings(dataset, config)
-    except DatasetError as error:
+        if fold != "all":
+            _check_split(dataset, summary.training_cases, fold)
+    except (DatasetError, EvaluationError) as error:
         lines = [line.removeprefix("- ") for line in str(error).splitlines() if line.startswith(("- ", "... "))]
         return [problem("data set", line) for line in lines or [str(error)]]
     counts = f"{summary.num_training} training and {summary.num_test} test cases of {list(summary.channel_names)}"
     return [ok("data set", f"{summary.name}: {counts}; every file read, one grid per case"), *classes]
+
+
+def _check_split(dataset: Path, cases: Sequence[str], fold: int | None) -> None:
+    """Raise DatasetError if a job would refuse the split that it finds; without a job, if it could refuse a fold."""
+    try:
+        preprocessed = nnunet_folder("nnUNet_preprocessed")
+    except OSError:
+        preprocessed = None  # the variable is a finding of its own
+    file = find_splits(dataset, preprocessed)
+    if file is not None:
+        check_splits(file, cases, fold)
 
 
 def _class_findings(dataset: Path, config: SiteConfig | None) -> list[Finding]:
