@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_log(path: Path) -> tuple[list[SentMessage], list[int]]:
     """The messages, oldest first, and the 1-based numbers of lines that cannot be read.
 
-    The last line is cut off where the process was killed while it wrote.
+    The last line is cut off where the process was killed while it wrote. An empty file is a ledger of no messages.
 
     Raises:
       EgressLogError: If there is no such file, or it holds lines and none of a ledger.
