@@ -13,6 +13,7 @@ from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.algorithms.fedavg import FedAvg
 from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import ContributionConfig, OptimizerConfig, ServerConfig, SiteConfig
+from fedcmt.data.checks import DatasetError
 from fedcmt.federation import Federation
 from fedcmt.inprocess import InProcessChannel
 from fedcmt.messages import Message, Task
@@ -417,6 +418,18 @@ def test_cases_of_a_data_set_s_own_split_are_counted(
     config = replace(CONFIG, fold=0)
     with pytest.raises(PrivacyError, match=r"delta is 0\.4, expected below 1 / 3"):
         prepared(tiny_folders / "site", FedAvg(), config=config, privacy={**INSTANCE, "delta": 0.4})
+
+
+def test_a_split_of_other_cases_is_refused_before_anything_is_preprocessed(
+    tiny_raw: Path, tiny_folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copytree(tiny_raw, tmp_path / "own_raw")
+    monkeypatch.setenv("nnUNet_raw", str(own))
+    split = own / DATASET / "splits_final.json"
+    split.write_text(json.dumps([{"train": ["nobody"], "val": []}]))
+    with pytest.raises(DatasetError, match=rf"{split}: names 1 cases that imagesTr does not hold: \['nobody'\]"):
+        prepared(tiny_folders / "site", FedAvg(), config=replace(CONFIG, fold=0))
+    assert not (tiny_folders / "site" / "joined.json").exists()
 
 
 def test_under_the_published_noise_no_step_leaves_the_ball(tiny_folders: Path) -> None:

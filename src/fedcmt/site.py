@@ -6,7 +6,7 @@ when an answer leaves: what was prepared, the last model with optimiser and rand
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 
 from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import SiteConfig
-from fedcmt.data.checks import check_dataset, find_dataset, find_splits, read_dataset_json, read_splits
+from fedcmt.data.checks import check_dataset, check_splits, find_dataset, find_splits, read_dataset_json, read_splits
 from fedcmt.data.classes import read_classes
 from fedcmt.evaluation.regions import with_score_regions
 from fedcmt.json_file import read_state, write_state
@@ -118,7 +118,7 @@ class Site:
         with_score_regions(dataset_json, self._config.score_regions, f"site {self.name!r}")
         if self._config.task == "classification":
             read_classes(self._dataset, dataset_json, self._config.classes)
-        cases = self._num_training_cases(summary.num_training)
+        cases = self._num_training_cases(summary.training_cases)
         check_cases(terms, ledger, site=self.name, num_cases=cases, steps=self._config.local_steps)
         logger.info("%s: extracting the fingerprint", self.name)
         own = own_fingerprint(self._dataset, options)
@@ -224,19 +224,20 @@ class Site:
         if ledger is not None:
             ledger.note(kind, None, detail, site=self.name)
 
-    def _num_training_cases(self, num_cases: int) -> int:
+    def _num_training_cases(self, cases: Sequence[str]) -> int:
         """Cases that the site's fold will train on, of those in imagesTr, before anything is preprocessed.
 
-        Where a split has fewer folds than the site's, all: the trainer refuses it by name.
+        Raises:
+          DatasetError: If the split is damaged, lacks the fold, or names other cases.
         """
         fold = self._config.fold
         if fold == "all":
-            return num_cases
+            return len(cases)
         file = find_splits(self._dataset, nnunet_folder("nnUNet_preprocessed"))
         if file is None:
-            return num_cases - len(range(fold, num_cases, _NUM_FOLDS))
-        splits = read_splits(file)
-        return len(splits[fold]["train"]) if fold < len(splits) else num_cases
+            return len(cases) - len(range(fold, len(cases), _NUM_FOLDS))
+        check_splits(file, cases, fold)
+        return len(read_splits(file)[fold]["train"])
 
     def _release(self, task: Task, message: Message, answer: Message) -> None:
         """Check, record and count the answer."""
