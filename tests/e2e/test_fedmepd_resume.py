@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import fedcmt.federation
 import fedcmt.inprocess
+import fedcmt.server_state
 from fedcmt.messages import Message, Task
 from fedcmt.params import Params, load_tensors, save_tensors
 from fedcmt.site import Site
@@ -53,7 +53,7 @@ def killing(where: str, round_idx: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Site, "handle", train)
-        patch.setattr(fedcmt.federation, "save_tensors", keep)
+        patch.setattr(fedcmt.server_state, "save_tensors", keep)
         patch.setattr(fedcmt.inprocess, "_report", tell)
         yield
 
@@ -95,7 +95,8 @@ def test_oracle_26_a_run_that_is_killed_and_resumed_ends_as_one_that_is_not(
         own, own_meta = resumed[owner]
         assert own.keys() == tensors.keys()
         assert [key for key in tensors if not torch.equal(own[key], tensors[key])] == []
-        assert own_meta == {**meta, "job": own_meta["job"]} if owner == "server" else own_meta == meta
+        names = ("job", "federation") if owner == "server" else ("federation",)
+        assert own_meta == {**meta, **{name: own_meta[name] for name in names}}
 
 
 def test_what_is_compared_holds_masks_weights_anchors_and_networks(runs: Runs) -> None:

@@ -182,7 +182,7 @@ def test_a_terminal_that_is_gone_does_not_keep_the_keys(tmp_path: Path, monkeypa
         if line == "up":
             raise BrokenPipeError
 
-    stand_in(tmp_path, FLARE.replace("WAIT", COMPLETED).replace("START", ":"), monkeypatch)
+    stand_in(tmp_path, FLARE.replace("WAIT", "exec sleep 60").replace("START", ":"), monkeypatch)
     variables = {name: str(tmp_path / name) for name in ("CALLS", "PIDS", "MODES", "HOME_OF_POC")}
     environment = {"PATH": os.environ["PATH"], WORKSPACE_VARIABLE: str(tmp_path), **variables}
     with pytest.raises(BrokenPipeError):

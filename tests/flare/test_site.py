@@ -53,14 +53,7 @@ def context(root: Path, local: dict | None) -> MagicMock:
 
 def asked(found: MagicMock, privacy: dict, caplog: pytest.LogCaptureFixture, continues: str | None = None) -> str:
     """What the site logs when the server asks it to describe its data, which it cannot: there are none."""
-    introduction = {
-        "planning": {},
-        "job": "tiny",
-        "seed": 0,
-        "num_sites": 2,
-        "federation": "f0",
-        "continues": continues,
-    }
+    introduction = {"planning": {}, "job": "tiny", "seed": 0, "num_sites": 2, "federation": "f0"}
     request = Message({**introduction, "continues": continues, "privacy": privacy})
     executor = SiteExecutor()
     reply: Shareable = executor.execute("fingerprint", encode(request, update=False), found, Signal())
