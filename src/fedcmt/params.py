@@ -53,6 +53,9 @@ class Selection(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._tensors[name]
 
+    def __contains__(self, name: object) -> bool:  # the default would ask for the tensor
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

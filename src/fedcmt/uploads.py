@@ -49,6 +49,9 @@ class StoredTensors(Mapping[str, Tensor]):
         content = torch.from_file(str(self._path), shared=False, size=self._size, dtype=torch.uint8)
         return content[place.start : place.stop].view(place.dtype).view(place.shape)
 
+    def __contains__(self, name: object) -> bool:  # the default would map the tensor to see that it is there
+        return name in self._places
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
