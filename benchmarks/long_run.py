@@ -54,7 +54,7 @@ SETTINGS = {
 }
 MOST_MB_A_ROUND = 0.1
 _RUN = "fedcmt.compare_runs"
-_SIMULATOR = "nvflare.private.fed.app.simulator.simulator"
+_SIMULATOR = "fedcmt.flare.simulator_process"
 _WORKER = "nvflare.private.fed.app.simulator.simulator_worker"
 _SITE_PROCESS = "fedcmt.site_process"
 _POLL_SECONDS = 0.05

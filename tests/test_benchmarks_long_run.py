@@ -63,11 +63,11 @@ class Stub:
 
 
 def test_every_process_of_a_job_has_a_name() -> None:
-    package = "nvflare.private.fed.app.simulator"
     launcher = Stub("python -m fedcmt.compare_runs --engine simulator", below=["simulator"])
-    simulator = Stub(f"python -u -m {package}.simulator job -w flare", launcher, ["server", "manager"])
+    simulator = Stub("python -u -m fedcmt.flare.simulator_process job -w flare", launcher, ["server", "manager"])
     manager, server = (Stub(simulator.words, simulator, below) for below in ([], ["worker"]))
-    worker = Stub(f"python -m {package}.simulator_worker -o flare --client client2 --token 7", server, ["training"])
+    flare = "nvflare.private.fed.app.simulator.simulator_worker"
+    worker = Stub(f"python -m {flare} -o flare --client client2 --token 7", server, ["training"])
     training = Stub("python -m fedcmt.site_process 8 11", worker)
     alone = Stub("python -m fedcmt.compare_runs --engine inprocess")
     found = [role(one) for one in (launcher, simulator, manager, server, worker, training, alone, Stub("sleep"))]

@@ -25,7 +25,7 @@ OPTIONS = [*SMALLEST, "--rounds", str(ROUNDS), "--set", "sites.optimizer.lr=0.01
 KILLS = (
     ("simulator", "fedcmt.site_process"),  # the child that trains
     ("simulator", "nvflare.private.fed.app.simulator.simulator_worker"),  # a site
-    ("simulator", "nvflare.private.fed.app.simulator.simulator"),  # the server
+    ("simulator", "fedcmt.flare.simulator_process"),  # the server
     ("poc", "fedcmt.site_process"),
     ("poc", "nvflare.private.fed.app.client.worker_process"),  # a site's process of the job
     ("poc", "nvflare.private.fed.app.client.client_train"),  # a site

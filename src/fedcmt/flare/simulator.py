@@ -49,7 +49,7 @@ def run_simulator(
     check_folder(flare_folder)
     _allow_classes(flare_folder)
     # One thread per site: with fewer, the simulator restarts each site's process for each of its tasks.
-    command = [sys.executable, "-u", "-m", "nvflare.private.fed.app.simulator.simulator", str(job_folder)]
+    command = [sys.executable, "-u", "-m", "fedcmt.flare.simulator_process", str(job_folder)]
     command += ["-w", str(flare_folder), "-c", ",".join(sites), "-t", str(len(sites))]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
