@@ -10,6 +10,7 @@ python -m pip install --quiet --disable-pip-version-check -r requirements-dev.tx
 ruff check .
 ruff format --check .
 mypy
-# Two workers, each file in one of them; more threads than cores would wait for each other.
+# Two workers, each file in one of them, in the order of the tree: else the files of few and long tests come last, and
+# one worker waits for the other. More threads than cores would wait for each other.
 export OMP_NUM_THREADS=1
-python -m pytest --numprocesses 2 --dist loadfile "$@"
+python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
