@@ -148,6 +148,12 @@ def test_a_server_that_gave_no_reason_leaves_the_word_to_the_engine(
     assert failing(tmp_path, None, monkeypatch) == "the job's process at site 'client2' died"
 
 
+def test_only_a_run_that_finished_a_round_is_said_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resumable(tmp_path)
+    said = failing(tmp_path, None, monkeypatch)
+    assert said.endswith("'client2' died; --resume goes on after the last round that was finished")
+
+
 def test_the_server_s_own_reason_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "logs" / "flare.log"
     assert failing(tmp_path, "no answer", monkeypatch) == f"no answer\nAll that was logged is in {log}"

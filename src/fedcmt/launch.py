@@ -232,6 +232,8 @@ def _run_in_flare(run: Run, job: JobConfig) -> dict[str, Any]:
     except EngineError as error:
         if failure.exists():
             raise LaunchError(f"{failure.read_text()}\nAll that was logged is in {log}") from error
+        if _state_file(run.workspace).exists():
+            raise LaunchError(f"{error}; --resume goes on after the last round that was finished") from error
         raise
     if not outcome.exists():
         reason = failure.read_text() if failure.exists() else "the job ended without results"

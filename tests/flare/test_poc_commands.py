@@ -139,7 +139,7 @@ def test_a_process_of_the_job_that_dies_is_named_with_what_to_do(
 ) -> None:
     ran = Ran(tmp_path, monkeypatch, wait=f'echo "{line}" >> "$kits/server/poc_console.log"; {FAILED}')
     reason = "it was killed, ran out of memory or crashed"
-    what = f"the job's process at {whose} died ({reason}); --resume goes on with the run"
+    what = f"the job's process at {whose} died ({reason})"
     assert str(ran.error) == f"{what}; all that was logged is in {ran.log}"
 
 
@@ -212,7 +212,7 @@ def test_a_service_that_dies_while_its_job_is_followed_is_an_error_with_its_name
     service = "sh -c 'sleep 60; :' -m nvflare.private.fed.app.client.client_train -m $kits/a -s fed_client.json"
     script = FLARE.replace("setsid sleep 60", f"setsid {service}")
     ran = Ran(tmp_path, monkeypatch, wait="kill -9 $(cat $PIDS); exec sleep 60", script=script)
-    what = "the process of 'a' ended while the job ran; --resume goes on with the run"
+    what = "the process of 'a' ended while the job ran"
     assert str(ran.error) == f"{what}; all that was logged is in {ran.log}"
     assert [is_running(pid) for pid in ran.services] == [False]
 

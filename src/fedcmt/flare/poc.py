@@ -39,7 +39,6 @@ _CONSOLE = "poc_console.log"
 _READY_SECONDS = 180
 _COMMAND_SECONDS = 300
 _POLL_SECONDS = 0.5
-_GO_ON = "--resume goes on with the run"
 _SERVICES = ("nvflare.private.fed.app.server.server_train", "nvflare.private.fed.app.client.client_train")
 """Modules that the server and each site run from start to end; each job has further processes."""
 _DEAD_SITE = re.compile(r"Failing job \S+ due to reported failure from ([\w-]+)")
@@ -217,7 +216,7 @@ class _Services:
         """Raise `EngineError` if one has ended."""
         for process, name in self._found.items():
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                raise EngineError(f"the process of {name!r} ended while the job ran; {_GO_ON}")
+                raise EngineError(f"the process of {name!r} ended while the job ran")
 
 
 class _Consoles:
@@ -254,7 +253,7 @@ def _told_death(line: str) -> str | None:
     if not (site_name or server):
         return None
     whose = f"site {site_name[1]!r}" if site_name else "the server"
-    return f"the job's process at {whose} died (it was killed, ran out of memory or crashed); {_GO_ON}"
+    return f"the job's process at {whose} died (it was killed, ran out of memory or crashed)"
 
 
 def project(sites: Sequence[str], port: int) -> dict[str, Any]:
