@@ -215,6 +215,13 @@ def test_names_that_lead_out_of_the_job_are_refused(deploy_map: dict, tmp_path: 
         site_apps(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../../../tmp/evil", "/tmp/evil", "a/b", "..", "", "a b", None, 7])
+def test_a_job_s_name_that_leads_out_of_a_site_s_folders_is_refused(name: object, job_folder: Path) -> None:
+    edit(job_folder / "meta.json", lambda meta: meta.update(name=name))
+    with pytest.raises(ConfigError, match=r"meta\.json: name is .*, expected the job's name, of letters, digits"):
+        JobConfig.from_folder(job_folder)
+
+
 @pytest.mark.parametrize(
     ("deploy_map", "words"),
     [

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,35 @@ def test_a_line_in_the_middle_that_is_another_object_is_named(log: Path) -> None
     log.write_text("\n".join(lines))
     messages, broken = read_log(log)
     assert (len(messages), broken) == (3, [2])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"meta_keys": [1, 2]},
+        {"task": "\x1b[31mevil"},
+        {"tensors": {"w": {"shape": ["a"], "dtype": "float32"}}},
+        {"tensors": {"w": {"shape": [2], "dtype": 7}}},
+        {"bytes": True},
+    ],
+)
+def test_a_row_of_other_types_or_of_control_codes_is_named_and_the_rest_is_shown(
+    change: dict, log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines, json.dumps({**json.loads(lines[0]), **change})]))
+    assert main([str(log), "--tensors"]) == 0
+    out = capsys.readouterr().out
+    assert f"Not shown: line {len(lines) + 1}," in out
+    assert "\x1b" not in out
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(log: Path) -> None:
+    log.write_text(log.read_text() + "torn\n" * 20_000)  # each is named: more than a pipe holds
+    command = f"{sys.executable} -m fedcmt.egress {log} --json | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(Path(egress.__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("{\n", "")
 
 
 def test_a_message_whose_norm_is_not_a_number_is_shown(log: Path, capsys: pytest.CaptureFixture[str]) -> None:

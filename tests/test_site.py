@@ -12,7 +12,7 @@ import torch
 from fedcmt.algorithms.base import Algorithm, LocalStep
 from fedcmt.algorithms.fedavg import FedAvg
 from fedcmt.algorithms.fedcmt import FedCMT
-from fedcmt.config import ContributionConfig, OptimizerConfig, ServerConfig, SiteConfig
+from fedcmt.config import ConfigError, ContributionConfig, OptimizerConfig, ServerConfig, SiteConfig
 from fedcmt.data.checks import DatasetError
 from fedcmt.federation import Federation
 from fedcmt.inprocess import InProcessChannel
@@ -429,6 +429,13 @@ def test_a_split_of_other_cases_is_refused_before_anything_is_preprocessed(
     split.write_text(json.dumps([{"train": ["nobody"], "val": []}]))
     with pytest.raises(DatasetError, match=rf"{split}: names 1 cases that imagesTr does not hold: \['nobody'\]"):
         prepared(tiny_folders / "site", FedAvg(), config=replace(CONFIG, fold=0))
+    assert not (tiny_folders / "site" / "joined.json").exists()
+
+
+def test_a_job_s_name_that_leads_out_of_the_site_s_folders_is_refused(tiny_folders: Path) -> None:
+    site = Site("north", CONFIG, FedAvg(), tiny_folders / "site")
+    with pytest.raises(ConfigError, match=r"the server's job: name is '\.\./evil', expected the job's name"):
+        site.handle(Task.FINGERPRINT, Message({"job": "../evil", "planning": PLANNING}))
     assert not (tiny_folders / "site" / "joined.json").exists()
 
 

@@ -22,12 +22,21 @@ from fedcmt.wire import UPDATE_DTYPES
 from fedcmt.workspace import is_job_id
 
 SERVER_CONFIG = Path("server/config/config_fed_server.json")
-NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
-"""Of sites and app folders: each names a folder beside others and nothing else."""
+NAME_EXPECTED = "letters, digits, _ and -, the first a letter or a digit"
 
 TASKS = ("segmentation", "classification")
 
 _T = TypeVar("_T")
+
+
+def is_name(name: object) -> bool:
+    """Whether this may name a job, a site or an app folder: it is part of paths, and must not lead out of a folder."""
+    return isinstance(name, str) and re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None
+
+
+def check_job_name(name: object, where: str) -> None:
+    """Raise `ConfigError` unless it is one: with the site's name it names plans and models in the site's folders."""
+    _require(is_name(name), where, "name", name, f"the job's name, of {NAME_EXPECTED}")
 
 
 class ConfigError(ValueError):
@@ -371,9 +380,7 @@ class JobConfig:
           ConfigError: If something is missing, unknown or contradictory.
         """
         meta = read_json(folder / "meta.json")
-        _require(
-            isinstance(meta.get("name"), str), str(folder / "meta.json"), "name", meta.get("name"), "the job's name"
-        )
+        check_job_name(meta.get("name"), str(folder / "meta.json"))
         server_file = folder / SERVER_CONFIG
         server = read_json(server_file)
         algorithm = component(server, "aggregator", server_file)
@@ -424,9 +431,9 @@ def site_apps(folder: Path) -> dict[str, str]:
     if crowded:
         raise ConfigError(f"{where}: {crowded} share an app folder; give each site its own, with its own site.json")
     names = [*apps, *(site for sites in apps.values() for site in sites)]
-    if outside := sorted(name for name in names if not re.fullmatch(NAME, name)):
+    if outside := sorted(name for name in names if not is_name(name)):
         raise ConfigError(
-            f"{where}: deploy_map names {outside}, expected app folders and sites of letters, digits, _ and -: they "
+            f"{where}: deploy_map names {outside}, expected app folders and sites of {NAME_EXPECTED}: they "
             "are folders beside one another"
         )
     found = {sites[0]: app for app, sites in apps.items() if sites}

@@ -6,6 +6,7 @@ The ledger is `fedcmt.privacy.egress.EgressLedger`'s. It holds names, shapes, ty
 import argparse
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -76,8 +77,10 @@ class SentMessage:
             message = cls(row["task"], row["round"], row["bytes"], float(row["norm"]), keys, tensors)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a row of an egress ledger ({error!r})") from error
+        texts = [message.task, *message.meta_keys, *(text for t in tensors for text in (t.name, t.dtype))]
+        sizes = [message.size_bytes, *(size for tensor in tensors for size in tensor.shape)]
         round_ok = message.round_idx is None or is_int(message.round_idx)
-        if not (isinstance(message.task, str) and round_ok and is_int(message.size_bytes)):
+        if not (round_ok and all(map(is_int, sizes)) and all(map(_is_printable, texts))):
             raise ValueError("not a row of an egress ledger (values of other types)")
         return message
 
@@ -193,6 +196,11 @@ def by_group(tensors: Iterable[SentTensor]) -> list[GroupRow]:
     ]
 
 
+def _is_printable(text: object) -> bool:
+    """Text that does no more to a terminal than appear on it."""
+    return isinstance(text, str) and text.isprintable()
+
+
 def _as_text(messages: Sequence[SentMessage], broken: Sequence[int], with_tensors: bool) -> list[str]:
     lines = [*_table(messages), "", *_groups(messages)] if messages else ["No message."]
     if with_tensors and messages:
@@ -259,4 +267,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it without a traceback
     sys.exit(main())

@@ -2,13 +2,12 @@
 to."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcmt.config import NAME, SERVER_CONFIG, ConfigError, component, site_apps, workflow_args
+from fedcmt.config import NAME_EXPECTED, SERVER_CONFIG, ConfigError, component, is_name, site_apps, workflow_args
 from fedcmt.json_file import read_json, write_json
 
 _NOT_FLARE_S = ("demo.json", "cohort.json", "newcomer.json", "README.md")
@@ -71,8 +70,8 @@ def add_site(folder: Path, name: str, config: Path) -> None:
       ConfigError: If the name is taken or unusable, or there is no site.json.
     """
     apps = site_apps(folder)
-    if not re.fullmatch(NAME, name) or name in _RESERVED:
-        raise ConfigError(f"--add-site {name!r}: expected SITE=CONFIG with SITE of letters, digits, _ and -")
+    if not is_name(name) or name in _RESERVED:
+        raise ConfigError(f"--add-site {name!r}: expected SITE=CONFIG with SITE of {NAME_EXPECTED}")
     if name in apps:
         raise ConfigError(f"--add-site {name}: the job has this site already; its sites are {sorted(apps)}")
     candidates = (config, config / "site.json", config / "config" / "site.json")

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nstart_fl.sh: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Ended) as signalled:
-        print("\nstart_fl.sh: interrupted; everything it started has been ended", file=sys.stderr)
+        what = "everything it started has been ended; if a round was finished, --resume goes on after it"
+        print(f"\nstart_fl.sh: interrupted; {what}", file=sys.stderr)
         return signalled.code if isinstance(signalled, Ended) else 130
     return 0
 

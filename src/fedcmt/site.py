@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fedcmt.algorithms.base import Algorithm
-from fedcmt.config import SiteConfig
+from fedcmt.config import SiteConfig, check_job_name
 from fedcmt.data.checks import check_dataset, check_splits, find_dataset, find_splits, read_dataset_json, read_splits
 from fedcmt.data.classes import read_classes
 from fedcmt.evaluation.regions import with_score_regions
@@ -104,6 +104,7 @@ class Site:
             self._session.trainer.close()
 
     def _fingerprint(self, message: Message) -> Message:
+        check_job_name(message.meta["job"], "the server's job")
         options = PlanningOptions.from_dict(message.meta["planning"])
         terms = PrivacyTerms.from_dict(message.meta["privacy"], "the job's privacy")
         ledger = site_ledger(terms, self._folder, self.name)

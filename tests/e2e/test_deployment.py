@@ -171,6 +171,23 @@ def test_only_the_owner_can_read_a_key(network: Network) -> None:
         assert path.stat().st_mode & 0o077 == 0, path
 
 
+def test_a_site_that_runs_is_not_started_again(network: Network) -> None:
+    running = (network.kits / "client1" / "daemon_pid.fl").read_text().strip()
+    refused = network.run("bash deploy/start.sh client1")
+    assert refused.returncode == 1
+    assert refused.stdout.endswith(f"start.sh: client1 runs already, as process {running}\n")
+
+
+def test_a_job_whose_name_leads_out_of_sites_folders_is_refused(network: Network) -> None:
+    evil = "cp -r workspace/job workspace/evil && "
+    evil += 'sed -i \'s|"name": "brats_sdl"|"name": "../../evil"|\' workspace/evil/meta.json && '
+    job = network.run(evil + "bash deploy/submit.sh workspace/evil").stdout.strip()
+    assert network.run(f"bash deploy/download.sh {job}").returncode != 0
+    log = (network.root / f"workspace/network/results/{job}/workspace/log.txt").read_text()
+    assert "meta.json: name is '../../evil', expected the job's name" in log
+    assert not list(network.root.rglob("evil_client*"))
+
+
 def test_a_submitter_without_the_right_is_refused(network: Network) -> None:
     refused = network.run('bash deploy/submit.sh workspace/job "$PWD/workspace/network/kits/member@fedcmt.example"')
     assert refused.returncode == 1, refused.stdout

@@ -14,11 +14,11 @@ from fedcmt.flare.server import FederatedRounds
 from fedcmt.workspace import WORKSPACE_VARIABLE, environment
 
 
-def panic(algorithm: Algorithm, planning: dict, workspace: Path) -> str:
+def panic(algorithm: Algorithm, planning: dict, workspace: Path, name: str = "by_hand") -> str:
     """Why the controller ends a job that nobody has looked at before it came."""
     context = MagicMock()
     context.get_engine().get_component.return_value = algorithm
-    context.get_prop.side_effect = {FLContextKey.JOB_META: {"name": "by_hand"}}.get
+    context.get_prop.side_effect = {FLContextKey.JOB_META: {"name": name}}.get
     rounds = FederatedRounds(2, planning)
     with (
         environment({WORKSPACE_VARIABLE: str(workspace)}),
@@ -73,3 +73,8 @@ def test_a_job_whose_parts_do_not_fit_is_refused_also_if_it_was_submitted_by_han
     said = panic(algorithm, planning, tmp_path)
     assert said.startswith("job 'by_hand': ")
     assert reason in said
+
+
+def test_a_job_s_name_that_leads_out_of_sites_folders_is_refused_before_any_site_is_asked(tmp_path: Path) -> None:
+    said = panic(FedAvg(), {}, tmp_path, name="../evil")
+    assert said.startswith("the submitted meta.json: name is '../evil', expected the job's name")

@@ -19,7 +19,7 @@ from nvflare.apis.utils.analytix_utils import create_analytic_dxo, send_analytic
 from nvflare.security.logging import secure_format_exception
 
 from fedcmt.algorithms.base import Algorithm
-from fedcmt.config import ServerConfig
+from fedcmt.config import ServerConfig, check_job_name
 from fedcmt.federation import Federation, FederationError
 from fedcmt.file_lock import InUseError, exclusive
 from fedcmt.flare.codec import decode_answer, encode, register_tensors
@@ -109,6 +109,7 @@ class FederatedRounds(Controller):
         channel = _FlareChannel(self, fl_ctx, abort_signal, self._config)
         (folder / "server").mkdir(parents=True, exist_ok=True)
         try:
+            check_job_name(_job_name(fl_ctx), "the submitted meta.json")
             check_planning(self._algorithm, self._config.planning, job=_job_name(fl_ctx))
             with exclusive(folder / "server" / ".lock"):
                 results = federation.run(channel, [c.name for c in fl_ctx.get_engine().get_clients()])
