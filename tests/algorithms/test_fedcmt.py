@@ -1,13 +1,16 @@
 """FedCMT's server: conflict-averse encoder, adapters by group, adaptive weights, server optimiser."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from fedcmt.algorithms import fedcmt
 from fedcmt.algorithms.base import LocalStep, Participant, State, Update
-from fedcmt.algorithms.fedcmt import FedCMT
+from fedcmt.algorithms.conflict_averse import solve
+from fedcmt.algorithms.fedcmt import FedCMT, Granularity
 from fedcmt.models.scopes import Scope
 from fedcmt.params import Params
 
@@ -59,19 +62,38 @@ def test_adapters_are_means_over_their_group_and_take_no_part_in_conflicts() -> 
 
 
 def test_a_ct_update_never_changes_an_mr_adapter_nor_its_momentum() -> None:
-    first = moved(FedCMT(), {"a": one((1.0, 0.0), mr=2.0), "b": one((0.0, 1.0), ct=3.0)})
+    mr = one((1.0, 0.0), mr=2.0)
+    mr = Update({**mr.delta, f"{SLOTS}@mr.t1": torch.tensor([4.0])}, 1, 1)
+    first = moved(FedCMT(), {"a": mr, "b": one((0.0, 1.0), ct=3.0)})
     second = FedCMT().aggregate(first, {"b": one((0.0, 1.0), ct=5.0)})
-    for name in (f"{ADAPTER}@mr",):
+    for name in (f"{ADAPTER}@mr", f"{SLOTS}@mr.t1"):
         assert torch.equal(first.params[name], second.params[name])
         assert torch.equal(first.memory[f"momentum/{name}"], second.memory[f"momentum/{name}"])
     assert not torch.equal(first.params[f"{ADAPTER}@ct"], second.params[f"{ADAPTER}@ct"])
 
 
-def test_a_zero_update_takes_no_part_in_the_encoder() -> None:
-    algorithm = FedCMT(agreement_exponent=0, optimizer=PLAIN)
-    with_zero = moved(algorithm, {"a": one((2.0, 0.0)), "b": one((0.0, 1.0)), "z": one((0.0, 0.0))})
-    without = moved(algorithm, {"a": one((2.0, 0.0)), "b": one((0.0, 1.0))})
-    assert encoder(with_zero) == pytest.approx(encoder(without))
+@pytest.mark.parametrize("granularity", ["whole", "stage", "tensor"])
+def test_a_zero_update_takes_no_part_in_the_encoder(granularity: Granularity, caplog: pytest.LogCaptureFixture) -> None:
+    # With three sites the cap would hold "a" to a half; without "z" they are two, and it does not.
+    algorithm = FedCMT(granularity=granularity, optimizer=PLAIN)
+    updates = {"a": one((2.0, 0.0), 100), "b": one((0.0, 1.0), 2)}
+    without = moved(algorithm, updates, rounds=2)
+    assert "left out" not in caplog.text
+    with_zero = moved(algorithm, {**updates, "z": one((0.0, 0.0), 3)}, rounds=2)
+    assert "zero updates left out: ['z']" in caplog.text
+    assert encoder(with_zero) == encoder(without)
+    assert with_zero.record["agreement"] == without.record["agreement"]
+
+
+def test_a_direction_that_could_not_be_solved_is_pointed_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    updates = {"a": one((2.0, 0.0)), "b": one((0.0, 1.0))}
+    moved(FedCMT(), updates)
+    assert "from the best" not in caplog.text
+    monkeypatch.setattr(fedcmt, "solve", lambda *args, **more: replace(solve(*args, **more), gap=2e-6))
+    moved(FedCMT(), updates)
+    assert "direction of the encoder: 2.0e-06 of the mean's squared length from the best" in caplog.text
 
 
 def test_published_momentum_carries_over_rounds() -> None:
@@ -244,6 +266,19 @@ def test_a_newcomer_s_encoder_counts_a_fifth_more_each_round() -> None:
     assert weights == [None, None, *(pytest.approx(w) for w in expected)]
 
 
+def test_an_adapter_that_a_member_and_a_site_in_its_warm_start_send_is_the_mean_of_both_by_cases() -> None:
+    both = [participant(name, "CT", W, f"{SLOTS}@ct.hu") for name in ("c", "d")]
+    state = founded()
+    for site in both:
+        state = FedCMT(optimizer=PLAIN).register(state, site, {name: torch.zeros(1) for name in site.wire_shapes})
+    sent = {
+        "c": Update({W: torch.ones(1), f"{SLOTS}@ct.hu": torch.tensor([1.0])}, 30, 1),
+        "d": Update({f"{SLOTS}@ct.hu": torch.tensor([-9.0])}, 10, 1),
+    }
+    after = FedCMT(optimizer=PLAIN).aggregate(state, sent)
+    assert after.params[f"{SLOTS}@ct.hu"].item() == pytest.approx((30 * 1 + 10 * -9) / 40)
+
+
 def test_a_round_of_newcomers_alone_leaves_the_encoder_as_it_is() -> None:
     newcomer = participant("c", "CT", W, f"{SLOTS}@ct.hu")
     state = FedCMT().register(founded(), newcomer, {name: torch.zeros(1) for name in newcomer.wire_shapes})
@@ -337,9 +372,10 @@ def test_a_site_that_left_in_its_warm_start_warms_up_again() -> None:
 def test_identical_updates_take_the_federation_where_one_site_alone_would_go() -> None:
     # N identical sites, any c, rescale 2, no momentum, rate 1: theta + delta, whatever N.
     for count in (1, 2, 5):
-        updates = {f"s{i}": one((0.3, -0.7)) for i in range(count)}
-        state = moved(FedCMT(radius=0.6, optimizer=PLAIN), updates, rounds=3)
-        assert encoder(state) == pytest.approx([0.9, -2.1])
+        for radius in (0.0, 0.4, 0.6, 0.95):
+            updates = {f"s{i}": one((0.3, -0.7)) for i in range(count)}
+            state = moved(FedCMT(radius=radius, optimizer=PLAIN), updates, rounds=3)
+            assert encoder(state) == pytest.approx([0.9, -2.1])
 
 
 def test_on_a_quadratic_toy_the_smallest_decrease_is_at_least_fedavg_s() -> None:

@@ -28,7 +28,7 @@ _CHUNK = 2**15
 _MAX_ITERATIONS = 2000
 _GAP_TOLERANCE = 1e-13
 _NEGLIGIBLE = 1e-24
-"""An update whose squared norm is this far below the largest says nothing, yet would own the worst case."""
+"""Squared norm of an update as a fraction of the largest."""
 _ZERO_MEAN = 1e-12
 _SMOOTHING = 1e-9
 _STATIONARY = 1e-6
@@ -77,6 +77,13 @@ class GramMatrix:
         self._updates[site] = update
         for name, square in squares.items():
             self._products.setdefault(name, {})[site, site] = square
+
+    def drop(self, site: str) -> None:
+        """Forget a site's update: it is in no matrix from now on."""
+        del self._updates[site]
+        for products in self._products.values():
+            for pair in [pair for pair in products if site in pair]:
+                del products[pair]
 
     def matrix(self, names: Collection[str] | None = None) -> np.ndarray:
         """The Gram matrix over all tensors, or over ``names`` only: a stage's, a single one's.
@@ -166,9 +173,8 @@ def solve(
         raise ParameterError(f"conflict-averse: radius must be in [0, 1), got {radius}")
     if normalisation not in ("none", "unit", "equalise"):
         raise ParameterError(f"conflict-averse: normalisation must be none, unit or equalise, got {normalisation!r}")
-    squared = np.diagonal(gram)
-    kept = np.flatnonzero(squared > _NEGLIGIBLE * squared.max())
-    dropped = tuple(int(i) for i in np.flatnonzero(~np.isin(np.arange(len(gram)), kept)))
+    dropped = tuple(int(i) for i in negligible(gram))
+    kept = np.setdiff1d(np.arange(len(gram)), dropped)
     if not kept.size:  # every update is zero
         share = preference / preference.sum()
         return Solution(share, share, 0.0, 0, True, dropped)
@@ -181,6 +187,12 @@ def solve(
     counted = preference[kept].sum() / preference.sum() if count_dropped else 1.0
     coefficients[kept], weights[kept] = counted * inner.coefficients, inner.weights
     return Solution(coefficients, weights, inner.gap, inner.iterations, inner.pareto_stationary, dropped)
+
+
+def negligible(gram: np.ndarray) -> np.ndarray:
+    """Indices of updates that are zero beside the longest: they say nothing, yet would own the worst case."""
+    squared = np.diagonal(gram)
+    return np.flatnonzero(~(squared > _NEGLIGIBLE * squared.max()))
 
 
 def rescale(coefficients: np.ndarray, radius: float, mode: Literal[0, 1, 2]) -> np.ndarray:

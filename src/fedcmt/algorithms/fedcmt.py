@@ -15,7 +15,7 @@ encoder, then counts more and more. docs/fedcmt.md leads from the paper's figure
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -29,6 +29,7 @@ from fedcmt.algorithms.conflict_averse import (
     Normalisation,
     combine,
     leave_one_out_agreement,
+    negligible,
     rescale,
     solve,
 )
@@ -48,6 +49,8 @@ _EMA = 0.9
 _FIRST_AGREEMENT = 0.5
 _WARM_START = 2
 """Rounds in which a site that joined trains its own part behind the frozen encoder."""
+_LARGEST_GAP = 1e-6
+"""Of the solver, above which the log says so; it closes to 1e-13 unless sites outnumber a block's elements."""
 _RAMP = 5
 """Rounds over which its encoder update comes to count in full."""
 
@@ -171,10 +174,7 @@ class FedCMT(Algorithm):
         }
         encoders = {site: tensors for site, tensors in encoders.items() if tensors}
         direction, record, curves = self._encoder_direction(state, updates, encoders)
-        # Apart, so that sites in their warm start do not shift the weights of the others.
-        for trained_encoder in (True, False):
-            members = {site: u for site, u in updates.items() if (site in encoders) == trained_encoder}
-            direction |= self._adapter_means(state, members)
+        direction |= self._adapter_means(state, updates, trained=encoders)
         round_idx, num_rounds = state.record["round"], state.record["num_rounds"]
         params, memory = self.optimizer.step(state.params, direction, state.memory, round_idx, num_rounds)
         curves |= _step_curves(state.params, params, encoders)
@@ -205,26 +205,38 @@ class FedCMT(Algorithm):
         gram = GramMatrix()
         for site, encoder in encoders.items():
             gram.add(site, encoder)
-        matrix, running = gram.matrix(), state.record["agreement"]
+        matrix = _without_zeros(gram)
+        encoders = {site: encoders[site] for site in gram.sites}
         preference = self._preference(state, {site: updates[site] for site in gram.sites})
         agreement = leave_one_out_agreement(matrix, preference)
         radius = self.radius if self.adaptive_radius is None else self.adaptive_radius * (1 - float(agreement.mean()))
         direction = self._direction(gram, encoders, preference, radius)
-        now = dict(zip(gram.sites, agreement.tolist(), strict=True))
+        running, now = state.record["agreement"], dict(zip(gram.sites, agreement.tolist(), strict=True))
         running = {**running, **{s: _EMA * running.get(s, _FIRST_AGREEMENT) + (1 - _EMA) * now[s] for s in now}}
         curves = {"radius": radius, **_site_curves(gram.sites, matrix, preference, agreement)}
         return direction, {**state.record, "agreement": running}, curves
 
-    def _adapter_means(self, state: State, updates: Mapping[str, Update]) -> Params:
-        """Per adapter tensor the mean over the sites that sent it; they are too small for conflicts."""
+    def _adapter_means(self, state: State, updates: Mapping[str, Update], trained: Collection[str]) -> Params:
+        """Per adapter tensor the mean over the sites that sent it; they are too small for conflicts.
+
+        Sites in their warm start (not in ``trained``) are weighed among themselves and do not shift the weights of the
+        others; where both sent a tensor, the two groups count by their cases.
+        """
         groups = {
             site: replace(u, delta=Selection(u.delta, [n for n in u.delta if _is_group(n)]))
             for site, u in updates.items()
         }
-        if not groups:
-            return {}
-        preference = self._preference(state, updates)
-        return weighted_mean(groups, dict(zip(sorted(updates), preference.tolist(), strict=True)))
+        weights: dict[str, float] = {}
+        founders = {site: u for site, u in updates.items() if site in trained}
+        newcomers = {site: u for site, u in updates.items() if site not in trained}
+        for members in filter(None, (founders, newcomers)):
+            scale = self._cases(members) / self._cases(founders or members)
+            shares = self._preference(state, members).tolist()
+            weights |= {site: scale * share for site, share in zip(sorted(members), shares, strict=True)}
+        return weighted_mean(groups, weights)
+
+    def _cases(self, updates: Mapping[str, Update]) -> float:
+        return sum(float(update.num_cases) ** self.case_exponent for update in updates.values())
 
     def _preference(self, state: State, updates: Mapping[str, Update]) -> np.ndarray:
         """p_i ∝ |D_i|^q s_i^β ρ_i, from three sites on at most the largest share; sums to 1.
@@ -257,8 +269,13 @@ class FedCMT(Algorithm):
             whole = len(block) == len(names)
             matrix = gram.matrix(block)
             solution = solve(matrix, preference, radius, self.normalisation, count_dropped=not whole)
-            if whole and solution.dropped:
-                logger.warning("zero updates left out: %s", [gram.sites[i] for i in solution.dropped])
+            if solution.gap > _LARGEST_GAP:
+                logger.warning(
+                    "conflict-averse direction of %s: %.1e of the mean's squared length from the best after %d steps",
+                    block[0] if not whole else "the encoder",
+                    solution.gap,
+                    solution.iterations,
+                )
             if solution.pareto_stationary:
                 logger.info(
                     "no direction helps every site (%s): the mean is taken", block[0] if not whole else "encoder"
@@ -266,6 +283,18 @@ class FedCMT(Algorithm):
             coefficients = rescale(solution.coefficients, radius, self.rescale)
             direction |= combine(encoders, coefficients, block)
         return direction
+
+
+def _without_zeros(gram: GramMatrix) -> np.ndarray:
+    """The matrix over the encoder; sites whose update is zero are dropped, unless all are."""
+    matrix = gram.matrix()
+    zero = [gram.sites[i] for i in negligible(matrix)]
+    if not zero or len(zero) == len(matrix):
+        return matrix
+    logger.warning("zero updates left out: %s", zero)
+    for site in zero:
+        gram.drop(site)
+    return gram.matrix()
 
 
 def _is_group(name: str) -> bool:
