@@ -18,7 +18,7 @@ from fedcmt.job_folder import (
     remove_site,
     stage,
 )
-from fedcmt.json_file import read_json
+from fedcmt.json_file import JsonFileError, read_json
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
 
@@ -190,6 +190,13 @@ def test_a_site_cannot_join_without_a_configuration(tmp_path: Path) -> None:
     stage(JOBS / "brats_sdl", tmp_path / "job")
     with pytest.raises(ConfigError, match=r"no site\.json there"):
         add_site(tmp_path / "job", "west", tmp_path / "nowhere")
+
+
+def test_a_broken_configuration_is_named_where_its_owner_keeps_it(tmp_path: Path) -> None:
+    stage(JOBS / "brats_sdl", tmp_path / "job")
+    (tmp_path / "mine.json").write_text("{dataset_id: 7}")
+    with pytest.raises(JsonFileError, match=f"^{tmp_path / 'mine.json'}: not valid JSON"):
+        add_site(tmp_path / "job", "west", tmp_path / "mine.json")
 
 
 def test_a_site_leaves_and_the_last_one_stays(tmp_path: Path) -> None:

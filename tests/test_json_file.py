@@ -70,6 +70,7 @@ def test_several_threads_may_write_one_file(tmp_path: Path) -> None:
         (b"", "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[1]", "expected a JSON object, found list"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', r"not valid JSON \(the key 'b' stands there twice\)"),
     ],
 )
 def test_what_cannot_be_read_names_the_file(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -77,6 +78,11 @@ def test_what_cannot_be_read_names_the_file(tmp_path: Path, content: bytes | Non
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(JsonFileError, match=rf"x\.json: {message}"):
         read_json(tmp_path / "x.json")
+
+
+def test_a_mark_that_some_editors_put_first_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "x.json") == {"a": 1}
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:

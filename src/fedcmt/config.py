@@ -6,6 +6,7 @@ half of the algorithm) with ``site.json`` (data and local training).
 """
 
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -489,7 +490,11 @@ def build_algorithm(spec: Mapping[str, Any]) -> Algorithm:
         raise ConfigError(f"algorithm {spec['path']!r}: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, Algorithm)):
         raise ConfigError(f"{spec['path']!r} is not an Algorithm (fedcmt.algorithms.base)")
+    args, known = spec.get("args", {}), list(inspect.signature(cls).parameters)
+    where = f"algorithm {spec['path']!r} with args {args}"
+    if unknown := sorted(set(args) - set(known)):
+        raise ConfigError(f"{where}: unknown args {unknown}; it takes {known or 'none'}")
     try:
-        return cls(**spec.get("args", {}))
+        return cls(**args)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"algorithm {spec['path']!r} with args {spec.get('args', {})}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error

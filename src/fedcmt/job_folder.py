@@ -70,14 +70,17 @@ def add_site(folder: Path, name: str, config: Path) -> None:
       ConfigError: If the name is taken or unusable, or there is no site.json.
     """
     apps = site_apps(folder)
-    if not is_name(name) or name in _RESERVED:
+    if not is_name(name):
         raise ConfigError(f"--add-site {name!r}: expected SITE=CONFIG with SITE of {NAME_EXPECTED}")
+    if name in _RESERVED:
+        raise ConfigError(f"--add-site {name}: {sorted(_RESERVED)} mean something else; choose another name")
     if name in apps:
         raise ConfigError(f"--add-site {name}: the job has this site already; its sites are {sorted(apps)}")
     candidates = (config, config / "site.json", config / "config" / "site.json")
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise ConfigError(f"--add-site {name}={config}: no site.json there; see jobs/README.md for what it holds")
+    read_json(file)  # here, for an error to name this file and not its copy
     own = folder / name / "config"
     own.mkdir(parents=True)
     shutil.copyfile(file, own / "site.json")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file.
 
     Raises:
-      JsonFileError: If there is no such file, or it is not JSON, not an object, or nested deeper than 64 levels.
+      JsonFileError: If there is no such file, or it is not JSON, not an object, has a key twice, or is nested deeper
+        than 64 levels.
     """
     if not path.is_file():
         raise JsonFileError(f"{path}: file not found")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON's, or UTF-8's
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unrepeated)
+    except ValueError as error:  # JSON's, UTF-8's or a repeated key's
         raise JsonFileError(f"{path}: not valid JSON ({error})") from error
     except RecursionError as error:
         raise _too_deep(path) from error
@@ -57,6 +59,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise JsonFileError(f"{path}: expected a JSON object, found {type(content).__name__}")
     if _is_too_deep(content):
         raise _too_deep(path)
+    return content
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; `json` alone would keep the last of two and say nothing."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {repeated!r} stands there twice")
     return content
 
 

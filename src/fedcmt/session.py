@@ -347,7 +347,9 @@ class Session:
         return {name: tensor.to(self.trainer.device) for name, tensor in tensors.items()}
 
     def _hook(self, received: Params, extras: Params, round_idx: int) -> LossHook:
-        """The algorithm's term of the local loss, for one round."""
+        """The algorithm's term of the local loss, for one round; a site's first is its round 0, whenever it joined:
+        its decoder has learned nothing yet that could teach."""
+        round_idx = 0 if self._last_round < 0 else round_idx
         teacher, num_rounds = self._teacher_of(round_idx), self._prepared.schedule_rounds
 
         def hook(loss: torch.Tensor, batch: Batch) -> torch.Tensor:

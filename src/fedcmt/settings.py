@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeGuard, TypeVar
 
 T = TypeVar("T")
@@ -29,11 +29,15 @@ def read_settings(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A dataclass from a job's object.
 
     Raises:
-      TypeError: If a key is unknown or missing.
+      TypeError: If there is no object, or a key is unknown or missing.
       ValueError: If the class refuses a value.
     """
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - known)
-    if unknown:
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{where} is {values!r}, expected an object with keys of {sorted(known)}")
+    if unknown := sorted(set(values) - set(known)):
         raise TypeError(f"{where}: unknown keys {unknown}; known keys: {sorted(known)}")
+    needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := sorted(set(needed) - set(values)):
+        raise TypeError(f"{where}: keys {missing} are missing, with {sorted(values)} alone; it needs {sorted(needed)}")
     return cls(**values)

@@ -1,6 +1,7 @@
 """Server optimisers on hand-computed steps."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -216,5 +217,11 @@ def test_settings_out_of_range_are_refused_by_name(values: dict, message: str) -
 def test_unknown_and_missing_settings_are_refused() -> None:
     with pytest.raises(TypeError, match=r"unknown keys \['nesterov'\]"):
         FedOpt({"name": "sgd", "lr": 1.0, "nesterov": True})
-    with pytest.raises(TypeError, match="'lr'"):
+    with pytest.raises(TypeError, match=r"keys \['lr'\] are missing, with \['name'\] alone; it needs \['lr', 'name'\]"):
         FedOpt({"name": "adam"})
+
+
+@pytest.mark.parametrize("values", ["sgd", 0, False, ["name", "sgd"]])
+def test_what_is_no_object_of_settings_is_refused_as_such(values: Any) -> None:
+    with pytest.raises(TypeError, match=r"server optimizer is .*, expected an object with keys of \['betas', 'lr'"):
+        FedOpt(values)

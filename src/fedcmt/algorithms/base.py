@@ -104,7 +104,7 @@ class LocalStep:
         per call. Only in rounds for which `Algorithm.needs_teacher` says so.
       received: The round's received tensors by *parameter* name, on the network's device.
       extras: The round's extras as the payload had them.
-      round_idx: 0-based round.
+      round_idx: 0-based round; 0 in the first round of a site that joined later.
       num_rounds: Rounds that schedules are made for; a job that is resumed may go on beyond them.
       output: All that the network returned; the logits are of it.
       cases: Ids of the batch's cases, which stay at the site.
