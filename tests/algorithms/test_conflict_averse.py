@@ -114,6 +114,10 @@ class TestOracles:
         assert solved([(2, 0), (0, 1)], 0.5).weights.tolist() == [0, 1]
         assert direction([(2, 0), (0, 1)], 0.5, mode).tolist() == pytest.approx(expected, abs=1e-10)
 
+    def test_o4_each_site_gains_by_so_much(self) -> None:
+        gains = np.array([(2, 0), (0, 1)]) @ direction([(2, 0), (0, 1)], 0.5)
+        assert gains.tolist() == pytest.approx([2, 1.0590169944], abs=1e-10)
+
     @pytest.mark.parametrize(
         ("mode", "expected"), [(0, (0.4578894168, 0.6868341253)), (1, (0.3663115335, 0.5494673002))]
     )

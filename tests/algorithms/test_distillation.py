@@ -46,6 +46,8 @@ def test_oracle_kl_is_the_cross_entropy_less_the_teacher_s_entropy() -> None:
     assert (value + entropy) / 3 == pytest.approx(0.3013349568, abs=1e-6)  # the released code's mean over classes
     expected = torch.tensor([[-0.4214759362, 0.3081235989, 0.1133523374]])
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
+    # What the released code calls the loss where student and teacher agree, and 0 is right: a third of the entropy.
+    assert entropy / 3 == pytest.approx(0.1747555389, abs=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

@@ -234,6 +234,11 @@ def test_cosine_gradients_do_not_depend_on_length() -> None:
     assert hyperweight_gradient(0.1, {"w": torch.zeros(2)}, common, cosine=True) == 0.0
 
 
+def test_oracle_attention_of_a_unit_vector_over_the_axes() -> None:
+    taken = attention({"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 1.0])})
+    assert taken["a"].tolist() == pytest.approx([0.6697615493, 0.3302384507], abs=1e-7)
+
+
 def test_attention_by_hand() -> None:
     taken = attention({"a": torch.tensor([[1.0, 0.0], [0.0, 0.0]]), "b": torch.tensor([[0.0, 2.0], [0.0, 0.0]])})
     assert taken["a"].flatten().tolist() == pytest.approx([0.6224593, 0.7550813, 0.0, 0.0], abs=1e-6)
