@@ -117,7 +117,7 @@ def test_a_job_that_is_resumed_ends_with_the_ledger_and_the_weights_of_one_that_
 @pytest.mark.parametrize("algorithm", ["fedcmt.FedCMT", "fedper.FedPer"])
 @pytest.mark.parametrize("terms", [CENTRAL, INSTANCE], ids=lambda terms: terms.mode)
 def test_other_algorithms_train_under_the_same_terms(root: Path, algorithm: str, terms: PrivacyTerms) -> None:
-    name = f"{algorithm}_{terms.mode}"
+    name = f"{algorithm.split('.')[1]}_{terms.mode}"
     results = run(root, name, terms, algorithm=algorithm, rounds=1)
     assert results["privacy"]["epsilon"] > 0
     assert set(results["sites"]) == {"north", "south"}
