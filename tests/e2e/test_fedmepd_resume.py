@@ -1,6 +1,7 @@
 """FedMEPD killed at any turn and resumed: server and sites end with the numbers of a run that was never killed."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def files(runs: Runs, name: str) -> dict[str, tuple[Params, dict]]:
 def test_oracle_26_a_run_that_is_killed_and_resumed_ends_as_one_that_is_not(
     runs: Runs, kills: list[tuple[str, int]], request: pytest.FixtureRequest
 ) -> None:
-    name = f"killed{request.node.callspec.id.replace(' ', '_')}"
+    name = "killed_" + re.sub(r"\W+", "_", request.node.callspec.id)
     for number, (where, round_idx) in enumerate(kills):
         with killing(where, round_idx), pytest.raises(Killed):
             runs.run(name, resume=number > 0)
