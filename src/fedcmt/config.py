@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -18,7 +18,7 @@ from fedcmt.data.classes import SOURCES
 from fedcmt.evaluation.regions import REGIONS_EXPECTED, is_regions
 from fedcmt.json_file import read_json
 from fedcmt.privacy.terms import PrivacyTerms
-from fedcmt.settings import is_int, is_number, require
+from fedcmt.settings import is_int, is_number, needed_keys, require
 from fedcmt.wire import UPDATE_DTYPES
 from fedcmt.workspace import is_job_id
 
@@ -45,13 +45,11 @@ class ConfigError(ValueError):
 
 
 def _build(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"{where}: unknown keys {unknown}; known keys: {sorted(known)}")
-    missing = [n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
-    if missing:
-        raise ConfigError(f"{where}: missing keys {missing}; known keys: {sorted(known)}")
+    known = sorted(f.name for f in fields(cls))  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(f"{where}: unknown keys {unknown}; known keys: {known}")
+    if missing := [key for key in needed_keys(cls) if key not in values]:
+        raise ConfigError(f"{where}: missing keys {missing}; known keys: {known}")
     return cls(**values)
 
 

@@ -25,6 +25,11 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -largest <= value <= largest
 
 
+def needed_keys(cls: type) -> list[str]:
+    """Names of a dataclass's fields that have no default, in its order."""
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+
+
 def read_settings(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A dataclass from a job's object.
 
@@ -32,12 +37,12 @@ def read_settings(cls: type[T], values: Mapping[str, Any], where: str) -> T:
       TypeError: If there is no object, or a key is unknown or missing.
       ValueError: If the class refuses a value.
     """
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    known = sorted(f.name for f in fields(cls))  # type: ignore[arg-type]
     if not isinstance(values, Mapping):
-        raise TypeError(f"{where} is {values!r}, expected an object with keys of {sorted(known)}")
+        raise TypeError(f"{where} is {values!r}, expected an object with keys of {known}")
     if unknown := sorted(set(values) - set(known)):
-        raise TypeError(f"{where}: unknown keys {unknown}; known keys: {sorted(known)}")
-    needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
-    if missing := sorted(set(needed) - set(values)):
-        raise TypeError(f"{where}: keys {missing} are missing, with {sorted(values)} alone; it needs {sorted(needed)}")
+        raise TypeError(f"{where}: unknown keys {unknown}; known keys: {known}")
+    needed = sorted(needed_keys(cls))
+    if missing := [key for key in needed if key not in values]:
+        raise TypeError(f"{where}: keys {missing} are missing, with {sorted(values)} alone; it needs {needed}")
     return cls(**values)

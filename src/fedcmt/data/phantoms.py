@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fedcmt.json_file import JsonFileError, read_json, write_json
+from fedcmt.settings import needed_keys
 
 logger = logging.getLogger(__name__)
 
@@ -570,10 +571,10 @@ def _parse_spec(name: str, request: Mapping[str, object]) -> _Spec:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{name}: kind is {kind!r}; known kinds are {sorted(_KINDS)}.")
     spec_type = _KINDS[kind]
-    known = {field.name: field for field in fields(spec_type)}
+    known = [field.name for field in fields(spec_type)]
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{name}: unknown keys {unknown}; {kind} knows {['kind', *known]}.")
-    if missing := [key for key, field in known.items() if field.default is MISSING and key not in values]:
+    if missing := [key for key in needed_keys(spec_type) if key not in values]:
         raise ValueError(f"{name}: missing keys {missing}; {kind} needs them.")
     styles: Mapping[str, object] = MR_STYLES if kind == "brain_mr" else CT_STYLES
     for key in ("shape_vox", "channels", "organs", "blank"):
