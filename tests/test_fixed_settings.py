@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+from fedcmt.algorithms.base import Algorithm
+from fedcmt.algorithms.fedavg import FedAvg
+from fedcmt.algorithms.fedcmt import FedCMT
 from fedcmt.config import ConfigError, ServerConfig
 from fedcmt.fixed_settings import check_settings, fix_settings
 from fedcmt.json_file import JsonFileError
@@ -34,9 +37,9 @@ def config(**changed: Any) -> ServerConfig:
     ],
 )
 def test_a_setting_that_cannot_change_is_refused_by_name(changed: dict, words: str, tmp_path: Path) -> None:
-    fix_settings(tmp_path, config(), "f0")
+    fix_settings(tmp_path, config(), FedCMT(), "f0")
     with pytest.raises(ConfigError, match=words):
-        check_settings(tmp_path, config(**changed))
+        check_settings(tmp_path, config(**changed), FedCMT())
 
 
 @pytest.mark.parametrize(
@@ -51,18 +54,36 @@ def test_a_setting_that_cannot_change_is_refused_by_name(changed: dict, words: s
     ],
 )
 def test_rounds_newcomers_the_budget_and_the_machine_may_change(changed: dict, tmp_path: Path) -> None:
-    fix_settings(tmp_path, config(), "f0")
-    assert check_settings(tmp_path, config(**changed)) == "f0"
+    fix_settings(tmp_path, config(), FedCMT(), "f0")
+    assert check_settings(tmp_path, config(**changed), FedCMT()) == "f0"
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        (FedAvg(), "algorithm is 'FedCMT' since this federation began and cannot become 'FedAvg'"),
+        (FedCMT(adapters="personal"), "algorithm.scopes is .*'group'.* since this federation began and cannot"),
+    ],
+)
+def test_another_algorithm_or_other_scopes_are_refused(algorithm: Algorithm, words: str, tmp_path: Path) -> None:
+    fix_settings(tmp_path, config(), FedCMT(), "f0")
+    with pytest.raises(ConfigError, match=words):
+        check_settings(tmp_path, config(), algorithm)
+
+
+def test_what_an_algorithm_weighs_by_may_change(tmp_path: Path) -> None:
+    fix_settings(tmp_path, config(), FedCMT(), "f0")
+    assert check_settings(tmp_path, config(), FedCMT(radius=0, distillation={"maximum": 0})) == "f0"
 
 
 def test_a_folder_without_a_federation_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{tmp_path} holds no federation that began: there is nothing to go on with"):
-        check_settings(tmp_path, config())
+        check_settings(tmp_path, config(), FedCMT())
 
 
 def test_settings_that_were_edited_are_refused(tmp_path: Path) -> None:
-    fix_settings(tmp_path, config(), "f0")
+    fix_settings(tmp_path, config(), FedCMT(), "f0")
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text().replace("4.0", "0.1"))
     with pytest.raises(JsonFileError, match="damaged"):
-        check_settings(tmp_path, config())
+        check_settings(tmp_path, config(), FedCMT())

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+from fedcmt.algorithms.fedcmt import FedCMT
+from fedcmt.algorithms.fedopt import FEDCMT_SERVER
 from fedcmt.compare_jobs import Frame, Method, stage_methods
 from fedcmt.config import SERVER_CONFIG, JobConfig, SiteConfig, build_algorithm, component
 from fedcmt.data.partition import COMMON, Equal, Fractions, Patient, Proportions, partition_patients
 from fedcmt.data.partition_cut import FRACTION_KEYS
 from fedcmt.data.split import dataset_names
-from fedcmt.job_folder import apply_overrides, cohort_of, demo_profile, find_job, stage
+from fedcmt.job_folder import apply_overrides, cohort_of, demo_profile, find_job, parse_override, stage
 from fedcmt.json_file import read_json
 from fedcmt.nnunet.planning_options import PlanningOptions
 
@@ -248,6 +250,20 @@ def test_fedmepd_s_comparison_rows_train_on_the_same_patients(tmp_path: Path) ->
 @pytest.mark.parametrize("job", sorted(JOBS.glob("*_fedmepd*/")), ids=lambda path: path.name)
 def test_fedmepd_s_jobs_predict_without_mirrored_images_as_published(job: Path) -> None:
     assert {site.mirroring for site in JobConfig.from_folder(job).sites.values()} == {False}
+
+
+@pytest.mark.parametrize("job", ["brats_sdl", "ct_mr_fedcmt"])
+def test_fedcmt_s_jobs_spell_out_the_published_server_so_that_one_field_can_be_set(job: str, tmp_path: Path) -> None:
+    stage(JOBS / job, tmp_path / "job")
+    assert _fedcmt_of(tmp_path / "job").optimizer == FEDCMT_SERVER
+    apply_overrides(tmp_path / "job", [parse_override("algorithm.optimizer.lr=4")])
+    assert _fedcmt_of(tmp_path / "job").optimizer == replace(FEDCMT_SERVER, lr=4)
+
+
+def _fedcmt_of(folder: Path) -> FedCMT:
+    algorithm = build_algorithm(JobConfig.from_folder(folder).algorithm)
+    assert isinstance(algorithm, FedCMT)
+    return algorithm
 
 
 def test_there_are_jobs() -> None:

@@ -125,7 +125,9 @@ class Federation:
         channel, sites = CheckedChannel(channel), sorted(sites)
         check_scoring(self._algorithm, self._config, sites)
         check_influence(self._algorithm, self._config, sites)
-        self._federation = check_settings(self._folder, self._config) if self._resume else new_federation()
+        self._federation = (
+            check_settings(self._folder, self._config, self._algorithm) if self._resume else new_federation()
+        )
         self._stored = StateFiles(self._folder, self._job, self._federation)
         stored = self._stored.load() if self._resume else None
         self._open_ledger(stored, len(sites))
@@ -234,7 +236,7 @@ class Federation:
         path = self._folder / "plans.json"
         plans = self._planner.plan(fingerprints, read_state(path) if self._resume else {})
         if not self._resume:
-            fix_settings(self._folder, self._config, self._federation)
+            fix_settings(self._folder, self._config, self._algorithm, self._federation)
         write_state(path, plans)
         return plans
 

@@ -4,11 +4,12 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from fedcmt.algorithms.base import Algorithm
 from fedcmt.config import ConfigError, ServerConfig
 from fedcmt.json_file import read_state, write_state
 
 _FILE = "settings.json"
-_SCHEDULE = "schedule_rounds"
+_SCHEDULE = "server.schedule_rounds"
 _FEDERATION = "federation"
 _OF_NEWCOMERS = ("samples_per_case", "min_cases")
 """Planning options that only say how a site describes its data."""
@@ -19,14 +20,14 @@ def new_federation() -> str:
     return secrets.token_hex(8)
 
 
-def fix_settings(folder: Path, config: ServerConfig, federation: str) -> None:
+def fix_settings(folder: Path, config: ServerConfig, algorithm: Algorithm, federation: str) -> None:
     """Keep the id and the settings of a federation that begins, in the server's folder."""
     schedule = {_SCHEDULE: config.schedule_rounds or config.num_rounds}
-    write_state(folder / _FILE, {**_fixed(config), **schedule, _FEDERATION: federation})
+    write_state(folder / _FILE, {**_fixed(config, algorithm), **schedule, _FEDERATION: federation})
 
 
-def check_settings(folder: Path, config: ServerConfig) -> str:
-    """Refuse to go on with another architecture, privacy, seed or schedule.
+def check_settings(folder: Path, config: ServerConfig, algorithm: Algorithm) -> str:
+    """Refuse to go on with another architecture, algorithm, privacy, seed or schedule, or with other scopes.
 
     Returns:
       The federation's id.
@@ -38,20 +39,23 @@ def check_settings(folder: Path, config: ServerConfig) -> str:
     """
     if not (folder / _FILE).exists():
         raise ConfigError(f"{folder} holds no federation that began: there is nothing to go on with")
-    old, new = read_state(folder / _FILE, needs=[_FEDERATION]), _fixed(config)
+    old, new = read_state(folder / _FILE, needs=[_FEDERATION]), _fixed(config, algorithm)
     federation = old.pop(_FEDERATION)
     new[_SCHEDULE] = config.schedule_rounds or old[_SCHEDULE]
     if changed := sorted(key for key in old | new if old.get(key) != new.get(key)):
         key = changed[0]
         raise ConfigError(
-            f"server.{key} is {old.get(key)!r} since this federation began and cannot become {new.get(key)!r}; leave "
+            f"{key} is {old.get(key)!r} since this federation began and cannot become {new.get(key)!r}; leave "
             "it as it was, or begin a new federation"
         )
     return federation
 
 
-def _fixed(config: ServerConfig) -> dict[str, Any]:
+def _fixed(config: ServerConfig, algorithm: Algorithm) -> dict[str, Any]:
     planning = {f"planning.{key}": v for key, v in config.planning.items() if key not in _OF_NEWCOMERS}
     # The budget is the first line of the ledgers' to guard, where it may be raised by hand: docs/privacy.md.
     privacy = {f"privacy.{key}": v for key, v in config.privacy.to_dict().items() if key != "max_epsilon"}
-    return {**planning, **privacy, "seed": config.seed}
+    server = {f"server.{key}": v for key, v in {**planning, **privacy, "seed": config.seed}.items()}
+    # What is personal is in the sites' files and not in the server's, so neither has it under other scopes.
+    scopes = {pattern: str(scope) for pattern, scope in algorithm.scopes.rules}
+    return {**server, "algorithm": type(algorithm).__name__, "algorithm.scopes": scopes}

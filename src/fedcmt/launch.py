@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedcmt.config import JobConfig
+from fedcmt.config import JobConfig, build_algorithm
 from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
 from fedcmt.data.split import dataset_names, make_cuts
@@ -102,7 +102,7 @@ def launch(run: Run) -> dict[str, Any]:
         if job.server.continues is not None:
             raise LaunchError("server.continues is for a provisioned network; --resume goes on with a run of this kind")
         if run.resume:
-            check_settings(run.workspace / "server", job.server)
+            check_settings(run.workspace / "server", job.server, build_algorithm(job.algorithm))
         source_raw = Path(os.environ["nnUNet_raw"]).absolute() if os.environ.get("nnUNet_raw") else None
         with environment(_environment(run, job)):
             _see_to_data(run, job, source_raw)
