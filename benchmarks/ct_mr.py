@@ -32,17 +32,28 @@ MEAN = [
     "algorithm.smallest_share=0",
     "algorithm.distillation.maximum=0",
 ]
+"""The encoder's mean, weighted by cases."""
+LONG = ["algorithm.case_exponent=0", 'algorithm.optimizer={"name": "sgd", "lr": 4.0}']
+"""Equal weights and a server rate of 4: the mean of five updates that are almost orthogonal is less than half as long
+as one of them."""
+FEDCMT = [*LONG, "algorithm.distillation.maximum=0"]
 METHODS: dict[str, tuple[str, list[str]]] = {
     "standalone": ("ct_mr_standalone", []),
     "fedavg": ("ct_mr_fedcmt", [*MEAN, 'algorithm.optimizer={"name": "sgd", "lr": 1.0}']),
     "fedopt": ("ct_mr_fedcmt", MEAN),
-    "fedcmt": ("ct_mr_fedcmt", []),
-    "fedcmt-ca": ("ct_mr_fedcmt", ["algorithm.radius=0"]),
-    "fedcmt-kd": ("ct_mr_fedcmt", ["algorithm.distillation.maximum=0"]),
-    "fedcmt-adapters": ("ct_mr_fedcmt", ["algorithm.adapters=personal"]),
-    "fedcmt-weights": ("ct_mr_fedcmt", ["algorithm.agreement_exponent=0"]),
+    "fedcmt": ("ct_mr_fedcmt", FEDCMT),
+    "fedavg-long": ("ct_mr_fedcmt", [*MEAN, *LONG]),
+    "fedcmt-published": ("ct_mr_fedcmt", []),
+    "fedcmt+kd": ("ct_mr_fedcmt", LONG),
+    "fedcmt-ca": ("ct_mr_fedcmt", [*FEDCMT, "algorithm.radius=0"]),
+    "fedcmt-adapters": ("ct_mr_fedcmt", [*FEDCMT, "algorithm.adapters=personal"]),
+    "fedcmt-weights": ("ct_mr_fedcmt", [*FEDCMT, "algorithm.agreement_exponent=0"]),
 }
-"""Method to its job and settings. The first three are the encoder's weighted mean; a minus names what is left out."""
+"""Method to its job and settings: the first four are compared, the others say what their difference is made of.
+
+``fedavg-long`` is the mean with FedCMT's step, ``fedcmt-published`` the job as it is, with the published server; plus
+and minus name what is added or left out.
+"""
 
 SMALL = {
     "server.planning.base_features": 16,
@@ -51,10 +62,10 @@ SMALL = {
     "server.planning.max_stages": 4,
     "server.planning.batch_size": 2,
     "sites.fold": "all",
-    "sites.optimizer.lr": 0.003,
+    "sites.optimizer.lr": 0.01,
     "sites.optimizer.schedule": "poly",
     "sites.val_batches": 4,
-    "sites.val_every": 5,
+    "sites.val_every": 20,
     "sites.mirroring": False,
     "sites.mirror_axes": [],
     "sites.grad_clip": 12,
@@ -91,8 +102,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["standalone", "fedavg", "fedopt", "fedcmt"])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--local-steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--local-steps", type=int, default=5)
     parser.add_argument("--set", action="append", default=[], help="as start_fl.sh's; federated methods only get it "
                         "if it is of the algorithm")  # fmt: skip
     parser.add_argument("--workspace", type=Path, default=Path("workspace/benchmark_ct_mr"))
