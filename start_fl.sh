@@ -4,10 +4,14 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-has_packages() {
-  "$1" -c 'import nvflare, nnunetv2, torch, SimpleITK, safetensors, tensorboard, psutil' >/dev/null 2>&1 &&
-    "$1" -c 'import sys; from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ("monai", "sklearn", "scipy", "nibabel", "matplotlib", "jinja2", "pandas", "opacus", "dp_accounting"))))' 2>/dev/null
+has_packages() { # Found, not imported: that takes seconds.
+  "$1" - <<'PY' 2>/dev/null
+import sys
+from importlib.util import find_spec
+
+needed = "nvflare nnunetv2 torch SimpleITK safetensors tensorboard psutil monai sklearn scipy nibabel matplotlib jinja2 pandas opacus dp_accounting"
+sys.exit(not all(map(find_spec, needed.split())))
+PY
 }
 
 if [ -x "$here/.venv/bin/python" ] && [ -f "$here/.venv/complete" ]; then

@@ -54,7 +54,13 @@ COHORT = {
 }
 FOUNDERS = {"uint8_b": 722, "float32_a": 723, "float32_b": 724}
 NEWCOMER = {"uint8_a": 721}
-SETTINGS = {**SMALL, "sites.optimizer.schedule": "constant", "sites.val_batches": 2, "sites.val_every": 1000}
+SETTINGS = {
+    **SMALL,
+    "sites.optimizer.lr": 0.003,
+    "sites.optimizer.schedule": "constant",
+    "sites.val_batches": 2,
+    "sites.val_every": 1000,
+}
 
 
 def main() -> None:

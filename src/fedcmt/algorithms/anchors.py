@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional
 
@@ -223,6 +222,8 @@ def _with_new_classes(anchors: Anchors, prototypes: Mapping[str, CasePrototypes]
 
 def _k_means(points: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Centroids [K', C] and each point's cluster, K' at most the number of distinct points."""
+    from sklearn.cluster import KMeans  # here: the import takes a second, and every process imports the algorithms
+
     distinct = len(np.unique(points, axis=0))
     found = KMeans(min(clusters, distinct), n_init=_STARTS, max_iter=_ITERATIONS, random_state=seed).fit(points)
     return found.cluster_centers_, found.labels_
