@@ -167,6 +167,16 @@ def test_boxes_have_one_physical_size_at_any_spacing(source: Path, tmp_path: Pat
     assert sizes == {**dict.fromkeys(PATIENTS[:7], (4, 5, 3)), "p7": (2, 5, 6)}
 
 
+def test_boxes_cut_again_are_known_as_the_same(source: Path, boxes: Path, tmp_path: Path) -> None:
+    """Preprocessing goes by name, size and time: a second cut must not make a folder anew that a run trains from."""
+    again = make_cuts(source, tmp_path, COHORT)[1]
+    files = [path.relative_to(boxes) for path in boxes.glob("*T[rs]/*")]
+    assert len(files) >= 3 * 2 * 4
+    for file in files:
+        one, two = (boxes / file).stat(), (again / file).stat()
+        assert (one.st_size, one.st_mtime_ns) == (two.st_size, two.st_mtime_ns)
+
+
 def test_the_label_image_tells_nothing(boxes: Path) -> None:
     assert read_dataset_json(boxes)["labels"] == {"background": 0, "box": 1}
     for path in boxes.glob("labels*/*"):

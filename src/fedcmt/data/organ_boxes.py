@@ -4,6 +4,7 @@ After OrganMNIST3D of Yang et al., MedMNIST v2, Scientific Data 2023, https://ar
 cropped by their bounding boxes. Here all boxes have one physical size, so that the size gives no organ away.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,10 +113,16 @@ def _write_patient(
         for image, path in zip(images, case.images, strict=True):
             box = centred_box(image, centre_vox, size_vox)
             channel_and_ending = path.name.removeprefix(patient)  # _0000.nii.gz
-            sitk.WriteImage(box, str(folder / f"images{split}" / (name + channel_and_ending)), useCompression=True)
+            _write(box, folder / f"images{split}" / (name + channel_and_ending), path)
         whole = sitk.Image(size_vox, sitk.sitkUInt8) + 1
         whole.CopyInformation(box)
         ending = case.label.name.removeprefix(patient)
-        sitk.WriteImage(whole, str(folder / f"labels{split}" / (name + ending)), useCompression=True)
+        _write(whole, folder / f"labels{split}" / (name + ending), case.label)
         class_idx[name] = index
     return class_idx
+
+
+def _write(image: sitk.Image, path: Path, source: Path) -> None:
+    """Write a file with the time of the one it was cut from: cut again, it is known as the same."""
+    sitk.WriteImage(image, str(path), useCompression=True)
+    os.utime(path, ns=(source.stat().st_mtime_ns,) * 2)
