@@ -25,34 +25,33 @@ from fedcmt.evaluation.classification import read_probabilities
 
 ROOT = Path(__file__).resolve().parents[1]
 
+PLAIN_SERVER = 'algorithm.optimizer={"name": "sgd", "lr": 1.0}'
+NO_DISTILLATION = "algorithm.distillation.maximum=0"
 MEAN = [
     "algorithm.radius=0",
     "algorithm.agreement_exponent=0",
     "algorithm.largest_share=1",
     "algorithm.smallest_share=0",
-    "algorithm.distillation.maximum=0",
+    NO_DISTILLATION,
 ]
 """The encoder's mean, weighted by cases."""
-LONG = ["algorithm.case_exponent=0", 'algorithm.optimizer={"name": "sgd", "lr": 4.0}']
-"""Equal weights and a server rate of 4: the mean of five updates that are almost orthogonal is less than half as long
-as one of them."""
-FEDCMT = [*LONG, "algorithm.distillation.maximum=0"]
+FEDCMT = ["algorithm.case_exponent=0", PLAIN_SERVER, NO_DISTILLATION]
 METHODS: dict[str, tuple[str, list[str]]] = {
     "standalone": ("ct_mr_standalone", []),
-    "fedavg": ("ct_mr_fedcmt", [*MEAN, 'algorithm.optimizer={"name": "sgd", "lr": 1.0}']),
+    "fedavg": ("ct_mr_fedcmt", [*MEAN, PLAIN_SERVER]),
     "fedopt": ("ct_mr_fedcmt", MEAN),
     "fedcmt": ("ct_mr_fedcmt", FEDCMT),
-    "fedavg-long": ("ct_mr_fedcmt", [*MEAN, *LONG]),
     "fedcmt-published": ("ct_mr_fedcmt", []),
-    "fedcmt+kd": ("ct_mr_fedcmt", LONG),
+    "fedcmt+cases": ("ct_mr_fedcmt", [PLAIN_SERVER, NO_DISTILLATION]),
+    "fedcmt+kd": ("ct_mr_fedcmt", ["algorithm.case_exponent=0", PLAIN_SERVER]),
     "fedcmt-ca": ("ct_mr_fedcmt", [*FEDCMT, "algorithm.radius=0"]),
     "fedcmt-adapters": ("ct_mr_fedcmt", [*FEDCMT, "algorithm.adapters=personal"]),
     "fedcmt-weights": ("ct_mr_fedcmt", [*FEDCMT, "algorithm.agreement_exponent=0"]),
 }
 """Method to its job and settings: the first four are compared, the others say what their difference is made of.
 
-``fedavg-long`` is the mean with FedCMT's step, ``fedcmt-published`` the job as it is, with the published server; plus
-and minus name what is added or left out.
+``fedcmt`` weighs sites equally, without momentum at the server and without distillation; ``fedcmt-published`` is the job
+as it is. Plus and minus name what is added or left out.
 """
 
 SMALL = {
