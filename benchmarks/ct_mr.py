@@ -50,8 +50,8 @@ METHODS: dict[str, tuple[str, list[str]]] = {
 }
 """Method to its job and settings: the first four are compared, the others say what their difference is made of.
 
-``fedcmt`` weighs sites equally, without momentum at the server and without distillation; ``fedcmt-published`` is the job
-as it is. Plus and minus name what is added or left out.
+``fedcmt`` weighs sites equally, without momentum at the server and without distillation; ``fedcmt-published`` is the
+job as it is. Plus and minus name what is added or left out.
 """
 
 SMALL = {
