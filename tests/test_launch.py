@@ -212,8 +212,9 @@ def test_an_exported_demo_comes_with_its_cohort(tmp_path: Path) -> None:
 
 def test_a_job_with_a_mistake_is_not_exported(tmp_path: Path) -> None:
     run = Run(find_job(JOBS, "brats_sdl"), tmp_path / "w", "simulator", [("server.num_rounds", 0)], None)
-    with pytest.raises(ConfigError, match="num_rounds is 0"):
+    with pytest.raises(ConfigError, match="num_rounds is 0") as refused:
         export(run, tmp_path / "job")
+    assert str(run.job) in str(refused.value)  # and not a copy that is gone
     assert not (tmp_path / "job").exists()
 
 

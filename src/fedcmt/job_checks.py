@@ -13,8 +13,8 @@ from fedcmt.models.scopes import ALL_PERSONAL
 from fedcmt.privacy.server_half import check_algorithm
 
 
-def check_job(job: JobConfig) -> None:
-    """Build the algorithm and read the planning options once, so that a mistake in a job folder shows.
+def check_job(job: JobConfig) -> Algorithm:
+    """Build and return the algorithm and read the planning options once, so that a mistake in a job folder shows.
 
     Raises:
       ConfigError: As `check_planning`, or if a job of FedMEPD has not exactly one fusion site.
@@ -27,6 +27,7 @@ def check_job(job: JobConfig) -> None:
     check_algorithm(job.server.privacy, algorithm)
     if isinstance(algorithm, FedMEPD):
         _check_one_fusion_site(job)
+    return algorithm
 
 
 def check_planning(algorithm: Algorithm, planning: Mapping[str, Any], *, job: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from fedcmt.config import JobConfig, build_algorithm
+from fedcmt.config import ConfigError, JobConfig
 from fedcmt.data.checks import DatasetError, find_dataset, read_dataset_json
 from fedcmt.data.phantoms import make_cohort
 from fedcmt.data.split import dataset_names, make_cuts
@@ -98,11 +98,11 @@ def launch(run: Run) -> dict[str, Any]:
             _check_resumable(run)
         staged = _stage(run)
         job = JobConfig.from_folder(staged)
-        check_job(job)
+        algorithm = check_job(job)
         if job.server.continues is not None:
             raise LaunchError("server.continues is for a provisioned network; --resume goes on with a run of this kind")
         if run.resume:
-            check_settings(run.workspace / "server", job.server, build_algorithm(job.algorithm))
+            check_settings(run.workspace / "server", job.server, algorithm)
         source_raw = Path(os.environ["nnUNet_raw"]).absolute() if os.environ.get("nnUNet_raw") else None
         with environment(_environment(run, job)):
             _see_to_data(run, job, source_raw)
@@ -123,7 +123,11 @@ def checked(run: Run) -> JobConfig:
         staged = Path(temporary) / "job"
         stage(run.job, staged)
         apply_overrides(staged, run.overrides)
-        job = JobConfig.from_folder(staged)
+        try:
+            job = JobConfig.from_folder(staged)
+        except ConfigError as error:
+            # The copy is gone when the user reads this; the file it was made from is there.
+            raise ConfigError(str(error).replace(str(staged), str(run.job))) from error
     check_job(job)
     return job
 
