@@ -1,6 +1,7 @@
 """Small real networks, a tiny data set and a small job folder, for all tests."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from torch import nn
 
 from fedcmt.data.phantoms import make_brain_mr
 from tests.tiny import DATASET
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it runs in the background so, and every process that a test interrupts would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FIRST_CONVOLUTION = {"plain": "encoder.stages.0.0.convs.0.conv.weight", "residual": "encoder.stem.convs.0.conv.weight"}
 

@@ -10,7 +10,8 @@ python -m pip install --quiet --disable-pip-version-check -r requirements-dev.tx
 ruff check .
 ruff format --check .
 mypy
-# Two workers, each file in one of them, in the order of the tree: else the files of few and long tests come last, and
-# one worker waits for the other. More threads than cores would wait for each other.
+# Each file in one worker, in the order of the tree: else the files of few and long tests come last, and one worker waits
+# for the others. Three workers for two cores, as whole jobs wait for their network half the time; more threads than
+# cores would wait for each other.
 export OMP_NUM_THREADS=1
-python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

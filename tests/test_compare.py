@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = [
     "--rounds", "2", "--local-steps", "2", "--threads", "1",
     "--set", "sites.val_batches=1", "--set", "server.planning.max_patch_size=[16,24,24]",
+    "--set", "server.planning.base_features=4", "--set", "server.planning.max_stages=3",
 ]  # fmt: skip
 
 

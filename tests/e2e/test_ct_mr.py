@@ -20,9 +20,8 @@ NEWCOMER = REPOSITORY / "jobs" / "ct_mr_fedcmt" / "newcomer.json"
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Two rounds of the job on its demo cohort, with a network that predicts whole test cases in little time."""
-    small = ["--set", "server.planning.base_features=4", "--set", "server.planning.max_features=16"]
-    run = launch(tmp_path_factory.mktemp("mixed") / "w", "ct_mr_fedcmt", *TINY, *small, "--engine", "inprocess")
+    """Two rounds of the job on its demo cohort."""
+    run = launch(tmp_path_factory.mktemp("mixed") / "w", "ct_mr_fedcmt", *TINY, "--engine", "inprocess")
     assert run.code == 0, run.output
     return run
 

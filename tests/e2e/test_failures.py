@@ -13,7 +13,7 @@ import psutil
 import pytest
 import SimpleITK as sitk
 
-from tests.e2e.conftest import REPOSITORY, TINY, Finished, command, environment, launch
+from tests.e2e.conftest import REPOSITORY, SMALLEST, TINY, Finished, command, environment, launch, two_small_datasets
 
 
 def refused(run: Finished, *words: str) -> None:
@@ -170,10 +170,10 @@ def test_resume_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_sigterm_leaves_no_process_of_a_simulator_run(tmp_path: Path) -> None:
     workspace = tmp_path / "w"
-    options = ["--rounds", "50", "--local-steps", "50"]
+    two_small_datasets(tmp_path / "raw")
     with subprocess.Popen(
-        command(workspace, "brats_sdl", *options),
-        env=environment(),
+        command(workspace, "brats_sdl", *SMALLEST, "--rounds", "50", "--local-steps", "50"),
+        env=environment({"nnUNet_raw": str(tmp_path / "raw")}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -194,7 +194,7 @@ def test_sigterm_leaves_no_process_of_a_simulator_run(tmp_path: Path) -> None:
 
 def test_a_killed_site_ends_the_simulator_run_at_once_by_name(tmp_path: Path) -> None:
     workspace = tmp_path / "w"
-    started, killed = command(workspace, "brats_sdl", "--rounds", "50"), False
+    started, killed = command(workspace, "brats_sdl", *TINY), False
     with subprocess.Popen(
         started, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

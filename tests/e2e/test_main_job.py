@@ -12,7 +12,7 @@ import SimpleITK as sitk
 import torch
 
 from fedcmt.params import load_tensors
-from tests.e2e.conftest import REPOSITORY, SGD, TINY, Finished, environment, launch
+from tests.e2e.conftest import REPOSITORY, SMALLEST, Finished, environment, launch, two_small_datasets
 
 SITES = ("client1", "client2")
 
@@ -65,7 +65,8 @@ def test_messages_hold_only_shared_and_group_tensors_of_four_bytes(simulated: Fi
         for row in rounds:
             assert not any(name.startswith("decoder.") for name in row["tensors"])
             numbers = sum(int(np.prod(t["shape"])) for t in row["tensors"].values())
-            assert 4 * numbers <= row["bytes"] <= 4 * numbers * 1.02
+            # Beside the numbers, a name, a shape and a place for each tensor.
+            assert 0 < row["bytes"] - 4 * numbers <= 200 * len(row["tensors"])
         state = torch.load(
             Path(simulated.results["sites"][site]["model_folder"]) / "fold_all" / "checkpoint_final.pth",
             weights_only=True,
@@ -99,14 +100,21 @@ def test_curves_are_streamed_to_the_server(simulated: Finished) -> None:
         assert len(events.Scalars("loss")) == 2
 
 
-def test_a_run_of_one_round_resumed_for_a_second_ends_with_the_same_bits(in_process: Finished, tmp_path: Path) -> None:
-    options = [*TINY, *SGD, "--engine", "inprocess"]
-    first = launch(tmp_path / "brats_sdl", "brats_sdl", *options, "--rounds", "1", "--set", "server.schedule_rounds=2")
-    assert first.code == 0, first.output
-    second = launch(tmp_path / "brats_sdl", "brats_sdl", *options, "--resume")
-    assert second.code == 0, second.output
+def test_a_run_of_one_round_resumed_for_a_second_ends_with_the_same_bits(tmp_path: Path) -> None:
+    two_small_datasets(tmp_path / "raw")
+    variables = {"nnUNet_raw": str(tmp_path / "raw"), "nnUNet_preprocessed": str(tmp_path / "preprocessed")}
+
+    def run(workspace: str, *options: str) -> Finished:
+        settings = [*SMALLEST, "--set", "server.schedule_rounds=2", "--engine", "inprocess", *options]
+        done = launch(tmp_path / workspace, "brats_sdl", *settings, extra=variables)
+        assert done.code == 0, done.output
+        return done
+
+    through = run("through", "--rounds", "2")
+    run("stopped", "--rounds", "1")
+    resumed = run("stopped", "--rounds", "2", "--resume")
     for site in SITES:
-        ours, theirs = checkpoint(second, site), checkpoint(in_process, site)
+        ours, theirs = checkpoint(resumed, site), checkpoint(through, site)
         assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
