@@ -118,15 +118,19 @@ def _folder(args: argparse.Namespace, method: str, seed: int) -> Path:
 def _run(method: str, seed: int, args: argparse.Namespace) -> None:
     job, settings = METHODS[method]
     folder = _folder(args, method, seed)
-    if (folder / "results.json").exists():
-        return
-    command = [sys.executable, "-m", "fedcmt.run", job, "--engine", "inprocess", "--workspace", str(folder)]
-    command += ["--rounds", str(args.rounds), "--local-steps", str(args.local_steps), "--seed", str(seed)]
-    command += ["--threads", str(args.threads)]
+    options = ["--rounds", str(args.rounds), "--local-steps", str(args.local_steps), "--seed", str(seed)]
+    options += ["--threads", str(args.threads)]
     given = [text for text in args.set if method != "standalone" or not text.startswith("algorithm.")]
     for text in [*(f"{key}={json.dumps(value)}" for key, value in SMALL.items()), *settings, *given]:
-        command += ["--set", text]
+        options += ["--set", text]
+    kept = folder / "options.json"
+    if (folder / "results.json").exists():
+        if not kept.exists() or json.loads(kept.read_text()) != options:
+            raise SystemExit(f"{folder} holds the results of other settings; give --workspace another folder")
+        return
     folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(options))
+    command = [sys.executable, "-m", "fedcmt.run", job, "--engine", "inprocess", "--workspace", str(folder), *options]
     shared = {"nnUNet_preprocessed": str((args.workspace / "preprocessed").absolute())}
     environment = {**os.environ, **shared, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": str(args.threads)}
     with (folder / "terminal.log").open("w") as log:

@@ -803,7 +803,7 @@ def test_a_site_leaves_and_comes_back_with_its_agreement(tmp_path: Path) -> None
     channel = DirectChannel(sites)
     run(tmp_path, channel, FedCMT(), rounds=3, resume=True)
     assert [message.meta["frozen"] for message in channel.of(Task.TRAIN, "c")] == [[]]  # no warm start again
-    assert meta_of(tmp_path)["joined"]["c"] == {"first_round": 2, "own": []}
+    assert meta_of(tmp_path)["joined"]["c"] == {"warm": 0, "counted": 1, "own": []}
 
 
 def test_schedules_stay_those_of_the_first_start(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_direction_that_could_not_be_solved_is_pointed_out(
     assert "from the best" not in caplog.text
     monkeypatch.setattr(fedcmt, "solve", lambda *args, **more: replace(solve(*args, **more), gap=2e-6))
     moved(FedCMT(), updates)
-    assert "direction of the encoder: 2.0e-06 of the mean's squared length from the best" in caplog.text
+    assert "direction of the encoder: relative gap 2.0e-06 to the best" in caplog.text
 
 
 def test_published_momentum_carries_over_rounds() -> None:
@@ -181,7 +181,8 @@ def test_blocks_are_weighed_on_their_own() -> None:
     "bad",
     [
         {"radius": 1.0}, {"radius": math.nan}, {"rescale": 3}, {"granularity": "layer"}, {"normalisation": "l2"},
-        {"case_exponent": -1}, {"agreement_exponent": -0.1},
+        {"case_exponent": -1}, {"case_exponent": 11}, {"agreement_exponent": -0.1}, {"adaptive_radius": 1.0},
+        {"largest_share": 0.4}, {"smallest_share": 1.1}, {"adapters": "shared"},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(bad: dict) -> None:
@@ -264,6 +265,24 @@ def test_a_newcomer_s_encoder_counts_a_fifth_more_each_round() -> None:
     # Equal cases: share rho / (1 + rho), for rho = 1/5, 2/5, …
     expected = [k / 5 / (1 + k / 5) for k in (1, 2, 3, 4, 5, 5)]
     assert weights == [None, None, *(pytest.approx(w) for w in expected)]
+
+
+def test_rounds_without_the_newcomer_count_neither_as_its_warm_start_nor_in_its_ramp() -> None:
+    algorithm = FedCMT(agreement_exponent=0)
+    founder, newcomer = participant("a", "MR", W), participant("c", "CT", W)
+    state = algorithm.register(algorithm.init({W: torch.zeros(1)}, [founder], 20), newcomer, {W: torch.zeros(1)})
+    alone = {"a": update_of(founder)}
+    for left in (2, 1):
+        state = algorithm.aggregate(algorithm.aggregate(state, alone), alone)
+        assert algorithm.payload(state, newcomer).frozen == {W}, left
+        state = algorithm.aggregate(state, {**alone, "c": update_of(newcomer, W)})
+    weights = []
+    for _ in range(3):
+        state = algorithm.aggregate(algorithm.aggregate(state, alone), alone)
+        assert not algorithm.payload(state, newcomer).frozen
+        state = algorithm.aggregate(state, {**alone, "c": update_of(newcomer)})
+        weights.append(state.record["curves"]["weight/c"])
+    assert weights == pytest.approx([k / 5 / (1 + k / 5) for k in (1, 2, 3)])
 
 
 def test_an_adapter_that_a_member_and_a_site_in_its_warm_start_send_is_the_mean_of_both_by_cases() -> None:
@@ -366,7 +385,10 @@ def test_a_site_that_left_in_its_warm_start_warms_up_again() -> None:
     state = FedCMT().aggregate(state, {"c": update_of(newcomer, W)})
     state = FedCMT().register(state, newcomer, initial)
     assert FedCMT().payload(state, newcomer).frozen == {W}  # its own adapter trains on
-    assert state.record["joined"]["c"]["first_round"] == state.record["round"] + 2
+    state = FedCMT().aggregate(state, {"c": update_of(newcomer, W)})
+    assert FedCMT().payload(state, newcomer).frozen == {W}
+    state = FedCMT().aggregate(state, {"c": update_of(newcomer, W)})
+    assert not FedCMT().payload(state, newcomer).frozen
 
 
 def test_identical_updates_take_the_federation_where_one_site_alone_would_go() -> None:

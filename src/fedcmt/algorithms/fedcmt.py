@@ -132,7 +132,8 @@ class FedCMT(Algorithm):
         """The state before round 0.
 
         The record keeps the optimiser's clock, each site's running agreement, and of sites that join later (``joined``)
-        the round from which their encoder counts and the adapters that were new with them.
+        how many rounds of their warm start are left (``warm``), how many of their encoder updates have counted
+        (``counted``) and the adapters that were new with them (``own``).
         """
         record = {"round": 0, "num_rounds": num_rounds, "agreement": {}, "joined": {}}
         return State(dict(initial), record=record)
@@ -147,15 +148,16 @@ class FedCMT(Algorithm):
         before = state.record["joined"].get(site.name, {"own": []})
         new = {name: initial[name] for name in site.wire_shapes if name not in state.params}
         params = {**state.params, **{name: _slot_mean(name, state.params, tensor) for name, tensor in new.items()}}
-        first = state.record["round"] + (0 if returns else _WARM_START)
-        joined = {**state.record["joined"], site.name: {"first_round": first, "own": sorted({*new, *before["own"]})}}
-        return replace(state, params=params, record={**state.record, "joined": joined})
+        entry = {"warm": 0 if returns else _WARM_START, "counted": 0, "own": sorted({*new, *before["own"]})}
+        return replace(
+            state, params=params, record={**state.record, "joined": {**state.record["joined"], site.name: entry}}
+        )
 
     def payload(self, state: State, site: Participant) -> Payload:
         """What a site exchanges; of a site in its warm start all is frozen but the adapters that came with it."""
         payload = super().payload(state, site)
         joined = state.record["joined"].get(site.name)
-        if joined is None or state.record["round"] >= joined["first_round"]:
+        if joined is None or joined["warm"] == 0:
             return payload
         return replace(payload, frozen=frozenset(payload.tensors) - set(joined["own"]))
 
@@ -165,7 +167,7 @@ class FedCMT(Algorithm):
         Sites in their warm start send no encoder tensors and so have no part in it.
 
         Raises:
-          ParameterError: If there is no update, or one is not finite.
+          ParameterError: If there is no update, or one of the encoder is not finite.
         """
         if not updates:
             raise ParameterError("FedCMT: no update to aggregate")
@@ -179,7 +181,8 @@ class FedCMT(Algorithm):
         params, memory = self.optimizer.step(state.params, direction, state.memory, round_idx, num_rounds)
         curves |= _step_curves(state.params, params, encoders)
         logger.debug("%s", ", ".join(f"{name} {value:.4g}" for name, value in sorted(curves.items())))
-        return State(params, memory, {**record, "round": round_idx + 1, "curves": curves})
+        joined = _after_round(record["joined"], updates, trained=encoders)
+        return State(params, memory, {**record, "round": round_idx + 1, "joined": joined, "curves": curves})
 
     def needs_teacher(self, round_idx: int, num_rounds: int) -> bool:
         """Whether the round distils: not in round 0, nor where the coefficient is negligible."""
@@ -271,7 +274,7 @@ class FedCMT(Algorithm):
             solution = solve(matrix, preference, radius, self.normalisation, count_dropped=not whole)
             if solution.gap > _LARGEST_GAP:
                 logger.warning(
-                    "conflict-averse direction of %s: %.1e of the mean's squared length from the best after %d steps",
+                    "conflict-averse direction of %s: relative gap %.1e to the best after %d steps",
                     block[0] if not whole else "the encoder",
                     solution.gap,
                     solution.iterations,
@@ -324,9 +327,20 @@ def _slot_mean(name: str, params: Params, otherwise: Tensor) -> Tensor:
 def _ramp(record: Mapping[str, Any], site: str) -> float:
     """ρ: 1 for founders; for a site that joined, a fifth in its first round with an encoder update, then two, …"""
     joined = record["joined"].get(site)
-    if joined is None:
-        return 1.0
-    return min(1.0, max(1, record["round"] - joined["first_round"] + 1) / _RAMP)
+    return 1.0 if joined is None else min(1.0, (joined["counted"] + 1) / _RAMP)
+
+
+def _after_round(
+    joined: Mapping[str, dict[str, Any]], updates: Collection[str], trained: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """The sites that joined, once more with what the round was to them: one that was absent in it is where it was."""
+    after = {site: dict(entry) for site, entry in joined.items()}
+    for site in set(after) & set(updates):
+        if site in trained:
+            after[site]["counted"] += 1
+        else:
+            after[site]["warm"] = max(0, after[site]["warm"] - 1)
+    return after
 
 
 def _site_curves(
