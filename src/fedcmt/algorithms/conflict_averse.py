@@ -5,8 +5,8 @@
 Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning (CAGrad, Algorithm 1), NeurIPS 2021,
 https://arxiv.org/abs/2110.14048, over weight differences as in FedHCA2's Hyper Conflict-Averse Aggregation, Lu et al.,
 CVPR 2024, https://arxiv.org/abs/2311.13250, and with preferences p in place of 1/N. The direction is a weighted sum of
-the updates, and its weights need only their inner products. So each update is read three times and never held: checked
-as it arrives (`GramMatrix.add`), beside all others (`GramMatrix.matrix`), and once more for the sum (`combine`).
+the updates, and its weights need only their inner products. So each update is read three times and never held: to be
+checked (`GramMatrix.add`), beside all others (`GramMatrix.matrix`), and once more for the sum (`combine`).
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
