@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fedcmt.data.partition_cut import FRACTION_KEYS
 from fedcmt.data.split import dataset_names
 from fedcmt.job_folder import apply_overrides, cohort_of, demo_profile, find_job, parse_override, stage
 from fedcmt.json_file import read_json
+from fedcmt.models.scopes import PERSONAL_ADAPTER
 from fedcmt.nnunet.planning_options import PlanningOptions
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
@@ -273,3 +274,29 @@ def test_there_are_jobs() -> None:
         ("p", {"q": {"path": "r"}}),
         ("r", {}),
     ]
+
+
+@pytest.mark.parametrize("job", ["brats_sdl", "ct_mr_fedcmt"])
+@pytest.mark.parametrize(
+    ("switch", "is_off"),
+    [
+        ("algorithm.radius=0", lambda algorithm: algorithm.radius == 0),
+        ("algorithm.distillation.maximum=0", lambda algorithm: not algorithm.needs_teacher(9, 10)),
+        ("algorithm.adapters=personal", lambda algorithm: algorithm.scopes == PERSONAL_ADAPTER),
+        ("algorithm.agreement_exponent=0", lambda algorithm: algorithm.agreement_exponent == 0),
+        ("algorithm.optimizer.momentum=0", lambda algorithm: algorithm.optimizer.momentum == 0),
+    ],
+)
+def test_each_part_of_fedcmt_is_switched_off_by_one_setting(
+    job: str, switch: str, is_off: Callable[[FedCMT], bool], tmp_path: Path
+) -> None:
+    """As docs/fedcmt.md lists them; on before, and off at the server and at every site after."""
+    staged = tmp_path / job
+    stage(JOBS / job, staged)
+    before = build_algorithm(JobConfig.from_folder(staged).algorithm)
+    assert isinstance(before, FedCMT)
+    assert not is_off(before)
+    apply_overrides(staged, [parse_override(switch)])
+    after = build_algorithm(JobConfig.from_folder(staged).algorithm)
+    assert isinstance(after, FedCMT)
+    assert is_off(after)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return run
 
 
-def personal_files(workspace: Path) -> dict[str, str]:
-    """SHA-256 of every file in which a founder keeps a model, its optimiser or its random state."""
-    files = [
-        workspace / "sites" / site / name for site in FOUNDERS for name in ("last.safetensors", "best.safetensors")
-    ]
+def personal_files(workspace: Path, sites: Iterable[str] = FOUNDERS) -> dict[str, str]:
+    """SHA-256 of every file in which a site keeps a model, its optimiser or its random state."""
+    files = [workspace / "sites" / site / name for site in sites for name in ("last.safetensors", "best.safetensors")]
     return {str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -96,10 +95,15 @@ def test_a_site_joins_and_nobody_else_changes(mixed: Finished, tmp_path: Path) -
     (sent,) = [row for row in rows if row["task"] == "train"]
     assert sent["tensors"] == {}  # T1 and FLAIR have slots already, and the encoder is frozen
     assert "weight/mr_c" not in json.loads((target / "server" / "rounds.jsonl").read_text().splitlines()[-1])["server"]
+    everyone = personal_files(target, [*FOUNDERS, "mr_c"])
     gone = joined(mixed, target, "--remove-site", "mr_c")
     assert gone.code == 0, gone.output
     assert set(gone.results["sites"]) == set(FOUNDERS)
-    assert (target / "sites" / "mr_c" / "last.safetensors").exists()
+    assert personal_files(target, [*FOUNDERS, "mr_c"]) == everyone
+    back = joined(mixed, target, "--add-site", f"mr_c={NEWCOMER}")
+    assert back.code == 0, back.output
+    assert set(back.results["sites"]) == {*FOUNDERS, "mr_c"}
+    assert personal_files(target, [*FOUNDERS, "mr_c"]) == everyone
 
 
 @pytest.mark.parametrize(
