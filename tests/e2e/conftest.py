@@ -15,7 +15,7 @@ from fedcmt.data.phantoms import make_cohort
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = ["--rounds", "2", "--local-steps", "2", "--set", "sites.val_batches=1"]
 """A job on its demo cohort, with a network that predicts whole test cases in little time."""
-for setting in ("server.planning.base_features=4", "server.planning.max_features=16"):
+for setting in ("server.planning.base_features=6", "server.planning.max_features=24"):
     TINY += ["--set", setting]
 
 SGD = ["--set", "sites.optimizer.name=SGD", "--set", "sites.optimizer.momentum=0.9"]
