@@ -16,11 +16,12 @@ from fedcmt.config import JobConfig, OptimizerConfig, ServerConfig, SiteConfig
 from fedcmt.data.phantoms import make_brain_mr
 from fedcmt.inprocess import run_in_process
 from fedcmt.params import Params, load_tensors
+from fedcmt.randomness import derive_seed
 from fedcmt.workspace import THREADS_VARIABLE, environment
 from tests import tiny
 
 ROUNDS, STEPS = 2, 2
-PLANNING = {**tiny.PLANNING, "extra_stem_convolution": False}
+PLANNING = tiny.PLANNING
 SITE = SiteConfig(
     801,
     "MR",
@@ -35,7 +36,11 @@ SITE = SiteConfig(
 NORTH = {"north": SITE}
 TWO = {"north": SITE, "south": replace(SITE, dataset_id=802)}
 UNLIKE = {"north": SITE, "thin": replace(SITE, dataset_id=803)}
+TRIPLETS = dict.fromkeys(("first", "second", "third"), SITE)
 ASYMMETRIC = "asymmetric.AsymmetricFedAvg"
+FEDCMT = "fedcmt.FedCMT"
+PLAIN = {"optimizer": {"name": "sgd", "lr": 1.0}, "distillation": {"maximum": 0}}
+"""FedCMT without a server optimiser and without distillation."""
 
 
 class Jobs:
@@ -62,12 +67,17 @@ class Jobs:
         *,
         rounds: int = ROUNDS,
         mode: str = "architecture",
+        adapter: bool = False,
         resume: bool = False,
         **args: Any,
     ) -> "Ended":
-        """Run a job to its end in ``name``, or on from where an earlier one ended there."""
+        """Run a job to its end in ``name``, or on from where an earlier one ended there.
+
+        With ``adapter`` the network has the block that FedCMT shares by modality.
+        """
         folder = self._root / name
-        server = ServerConfig(rounds, planning={**PLANNING, "mode": mode}, seed=5, schedule_rounds=ROUNDS)
+        planning = {**PLANNING, "mode": mode, "extra_stem_convolution": adapter}
+        server = ServerConfig(rounds, planning=planning, seed=5, schedule_rounds=ROUNDS)
         spec = {"path": f"fedcmt.algorithms.{algorithm}", "args": args}
         variables = {
             "nnUNet_raw": str(self._root / "raw"),
@@ -175,6 +185,35 @@ def test_fedavg_of_one_site_is_centralised_training_on_it(jobs: Jobs) -> None:
     assert_alike(ended.trained, centralised.trained)
     received = {name.removeprefix("params/"): tensor for name, tensor in ended.server.items()}
     assert distance(received, {n.removeprefix("network/"): t for n, t in centralised.trained["north"].items()}) <= 1e-6
+
+
+@pytest.fixture
+def one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites draw the same numbers, whatever their names: equal data make them equal sites."""
+    monkeypatch.setattr("fedcmt.session.derive_seed", lambda seed, *names: derive_seed(seed, names[0]))
+
+
+@pytest.mark.usefixtures("one_stream")
+def test_fedcmt_of_equal_sites_is_training_alone(jobs: Jobs) -> None:
+    """At any radius, since mode 2 hands on an update that all sites send; mode 0 would lengthen it by 1 + c."""
+    alone = jobs.run("alone", "standalone.Standalone", NORTH, adapter=True)
+    for radius in (0.0, 0.4, 0.9):
+        equal = jobs.run(f"equal_{radius}", FEDCMT, TRIPLETS, adapter=True, radius=radius, **PLAIN)
+        for site in TRIPLETS:
+            assert distance(equal.trained[site], alone.trained["north"]) <= 1e-6, (radius, site)
+            assert distance(equal.exported[site], alone.exported["north"]) <= 1e-6, (radius, site)
+    lengthened = jobs.run("lengthened", FEDCMT, TRIPLETS, adapter=True, radius=0.4, rescale=0, **PLAIN)
+    assert distance(lengthened.trained["first"], alone.trained["north"]) > 1e-4
+
+
+def test_fedcmt_with_its_parts_switched_off_is_fedavg_on_the_encoder(jobs: Jobs) -> None:
+    """Between sites of one modality and the same sequences; FedPer with personal decoders is that average."""
+    off = {"radius": 0, "agreement_exponent": 0, "largest_share": 1, "smallest_share": 0, **PLAIN}
+    ended = jobs.run("switched_off", FEDCMT, adapter=True, **off)
+    encoder = jobs.run("encoder", "fedper.FedPer", adapter=True, personal="decoder")
+    assert_alike(ended.trained, encoder.trained)
+    conflict_averse = jobs.run("switched_on", FEDCMT, adapter=True, **{**off, "radius": 0.4})
+    assert distance(conflict_averse.trained["north"], encoder.trained["north"]) > 1e-5
 
 
 def test_sites_with_plans_of_their_own_share_what_agrees_and_are_resumed(jobs: Jobs) -> None:
