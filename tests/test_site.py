@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fedcmt.federation import Federation
 from fedcmt.inprocess import InProcessChannel
 from fedcmt.messages import Message, Task
 from fedcmt.nnunet.planner import FederatedPlanner
+from fedcmt.nnunet.teacher import Teacher
 from fedcmt.params import ParameterError, Params, load_tensors, norm
 from fedcmt.privacy.egress import PersonalTensorError
 from fedcmt.privacy.ledger import BudgetExceeded, LedgerError
@@ -238,6 +240,28 @@ def test_a_site_s_first_round_distils_nothing_nor_does_the_first_step_of_the_nex
     assert terms[:2] == [0, 0]  # nothing yet that could teach
     assert terms[2] == pytest.approx(0, abs=1e-5)  # student and teacher are one
     assert terms[3] > 1e-5
+
+
+def test_distillation_costs_a_step_one_forward_pass_and_a_round_one_copy(
+    tiny_folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            events.append(name)
+            return method(*args)
+
+        return call
+
+    monkeypatch.setattr(Teacher, "__init__", counted("build", Teacher.__init__))
+    monkeypatch.setattr(Teacher, "follow", counted("copy", Teacher.follow))
+    monkeypatch.setattr(Teacher, "logits", counted("forward", Teacher.logits))
+    site, payload = prepared(tiny_folders / "site", FedCMT(), num_rounds=3, schedule_rounds=3)
+    for round_idx in range(3):
+        site.handle(Task.TRAIN, Message({"round": round_idx, "frozen": []}, payload))
+    steps = ["forward"] * CONFIG.local_steps
+    assert events == ["build", "copy", *steps, "copy", *steps]  # none in round 0
 
 
 def state_on_disk(folder: Path) -> dict[str, bytes]:

@@ -450,9 +450,21 @@ def test_equalised_a_long_update_does_not_outvote_a_short_one() -> None:
     assert x == pytest.approx(y)
 
 
+def test_in_units_of_its_own_length_a_long_update_gains_no_more_than_a_short_one() -> None:
+    """g0 = (2, 1.5) and c ‖g0‖ = 1.25: by <Δ_i, d> = 16 and 3 only b needs help, by 2 and 1.5 soon a does too."""
+    updates = {"a": one((8.0, 0.0), 1), "b": one((0.0, 2.0), 3)}
+    settings = {"radius": 0.5, "rescale": 0, "smallest_share": 0, "optimizer": PLAIN}
+    d = encoder(moved(FedCMT(normalisation="none", **settings), updates))
+    assert d == pytest.approx([2, 2.75], abs=1e-6)
+    d = encoder(moved(FedCMT(normalisation="unit", **settings), updates))
+    u = (math.sqrt(7.36) - 0.8) / 4  # u² + (u + 0.4)² = 1, so that both gain 2 + 1.25 u
+    assert d == pytest.approx([2 + 1.25 * u, 2 + 1.25 * u], abs=1e-6)
+
+
 @pytest.mark.parametrize(("length", "warned"), [(9.0, False), (11.0, True)])
 def test_updates_of_very_different_length_are_pointed_out(
     length: float, warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    moved(FedCMT(optimizer=PLAIN), {"a": one((length, 0.0)), "b": one((0.0, 1.0))})
+    updates = {"a": one((length, 0.0)), "b": one((0.0, 1.0))}
+    assert moved(FedCMT(optimizer=PLAIN), updates).record["curves"]["norm_ratio"] == pytest.approx(length)
     assert ("the longest update is 11 times the shortest" in caplog.text) is warned

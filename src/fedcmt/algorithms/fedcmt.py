@@ -51,6 +51,8 @@ _WARM_START = 2
 """Rounds in which a site that joined trains its own part behind the frozen encoder."""
 _LARGEST_GAP = 1e-6
 """Of the solver, above which the log says so; it closes to 1e-13 unless sites outnumber a block's elements."""
+_LARGE_NORM_RATIO = 10
+"""Longest over shortest update, above which the log says so."""
 _RAMP = 5
 """Rounds over which its encoder update comes to count in full."""
 
@@ -355,8 +357,10 @@ def _site_curves(
             if norms[i] and norms[j]:
                 curves[f"cosine/{site}-{sites[j]}"] = matrix[i, j] / (norms[i] * norms[j])
     lengths = norms[norms > 0]
-    if lengths.size and lengths.max() > 10 * lengths.min():
-        logger.warning("the longest update is %.0f times the shortest", lengths.max() / lengths.min())
+    if lengths.size:
+        curves["norm_ratio"] = lengths.max() / lengths.min()
+        if curves["norm_ratio"] > _LARGE_NORM_RATIO:
+            logger.warning("the longest update is %.0f times the shortest", curves["norm_ratio"])
     return {name: float(value) for name, value in curves.items()}
 
 
