@@ -398,6 +398,17 @@ def test_the_first_of_equally_good_rounds_is_best(tmp_path: Path) -> None:
     assert torch.equal(stored(tmp_path, "best")["w"], INITIAL["w"])
 
 
+def test_the_search_for_the_best_round_begins_again_with_other_sites(tmp_path: Path) -> None:
+    sites = three_sites()
+    for site, dice in (("a", 0.3), ("b", 0.5), ("c", 0.9)):
+        sites[site].dice = [dice, dice - 0.1, dice - 0.2, dice - 0.1]
+    run(tmp_path, DirectChannel(sites), rounds=2)
+    fewer = {site: sites[site] for site in "ab"}
+    results = run(tmp_path, DirectChannel(fewer), rounds=4, resume=True)
+    assert results["best_round"] == 3  # 0.3, where the first two rounds had 0.57 and 0.47 with c
+    assert load_tensors(tmp_path / "best.safetensors")[1]["best"] == [pytest.approx(0.3), 3]
+
+
 def test_a_resumed_job_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     def sites() -> dict[str, ConstantSite]:
         made = three_sites()
@@ -754,6 +765,30 @@ def test_a_site_that_joins_changes_nothing_of_the_others(tmp_path: Path) -> None
     assert record["record"]["round"] == 3
     assert {s: record["record"]["agreement"][s] for s in founders} == meta_of(tmp_path / "alone")["agreement"]
     assert meta["record"]["num_rounds"] == record["record"]["num_rounds"]
+
+
+def test_a_site_whose_joining_came_to_nothing_may_join_with_other_data(tmp_path: Path) -> None:
+    founders = {"a": ConstantSite(1.0, 1), "b": ConstantSite(2.0, 3)}
+    run(tmp_path, DirectChannel(founders), rounds=2)
+    ended = DirectChannel({**founders, "c": ConstantSite(4.0, 4)}, {(Task.PREPARE, "c", None): lambda m: Failure("")})
+    with pytest.raises(FederationError, match="'prepare' failed"):
+        run(tmp_path, ended, rounds=3, resume=True)
+    again = DirectChannel({**founders, "c": ConstantSite(4.0, 9)})
+    run(tmp_path, again, rounds=3, resume=True)
+    assert again.of(Task.PREPARE, "c")[0].meta["plans"] == {"for": "c", "cases": 9}
+    without = {site: again.sites[site] for site in "ab"}
+    run(tmp_path, DirectChannel(without), rounds=4, resume=True)
+    back = DirectChannel({**founders, "c": ConstantSite(4.0, 5)})
+    run(tmp_path, back, rounds=5, resume=True)
+    assert back.of(Task.PREPARE, "c")[0].meta["plans"] == {"for": "c", "cases": 9}  # it has been a member since
+
+
+def test_fewer_rounds_than_were_finished_are_refused_before_a_site_is_asked(tmp_path: Path) -> None:
+    run(tmp_path, DirectChannel(three_sites()), rounds=3)
+    channel = DirectChannel(three_sites())
+    with pytest.raises(FederationError, match="this run has finished 3 rounds, not 2 or fewer"):
+        run(tmp_path, channel, rounds=2, resume=True)
+    assert channel.sent == []
 
 
 def run_two_more(folder: Path, founders: dict[str, ConstantSite]) -> dict[str, Tensor]:

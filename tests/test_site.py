@@ -17,6 +17,7 @@ from fedcmt.config import ConfigError, ContributionConfig, OptimizerConfig, Serv
 from fedcmt.data.checks import DatasetError
 from fedcmt.federation import Federation
 from fedcmt.inprocess import InProcessChannel
+from fedcmt.json_file import read_json, write_json
 from fedcmt.messages import Message, Task
 from fedcmt.nnunet.planner import FederatedPlanner
 from fedcmt.nnunet.teacher import Teacher
@@ -41,10 +42,11 @@ def prepared(
     num_rounds: int = 2,
     schedule_rounds: int = 2,
     privacy: dict[str, Any] | None = None,
+    resume: bool = False,
 ) -> tuple[Site, Params]:
     """A site ready to train, and the payload of round 0."""
     site = Site(name, config, algorithm, folder)
-    rounds = {"num_rounds": num_rounds, "schedule_rounds": schedule_rounds}
+    rounds = {"num_rounds": num_rounds, "schedule_rounds": schedule_rounds, "resume": resume}
     return site, first_payload(site, algorithm, name=name, privacy=privacy, **rounds)
 
 
@@ -262,6 +264,45 @@ def test_distillation_costs_a_step_one_forward_pass_and_a_round_one_copy(
         site.handle(Task.TRAIN, Message({"round": round_idx, "frozen": []}, payload))
     steps = ["forward"] * CONFIG.local_steps
     assert events == ["build", "copy", *steps, "copy", *steps]  # none in round 0
+
+
+@pytest.fixture
+def classified(tiny_folders: Path, tiny_raw: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data set of `tests.tiny` in a raw folder that a test may change, with two classes; returns its folder."""
+    raw = tiny_folders / "raw"
+    shutil.copytree(tiny_raw, raw)
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+    folder = raw / DATASET
+    cases = sorted(path.name.removesuffix("_0000.nii.gz") for path in folder.glob("images*/*_0000.nii.gz"))
+    write_json(folder / "classes.json", {"classes": ["old", "new"], "cases": {c: i % 2 for i, c in enumerate(cases)}})
+    return folder
+
+
+CLASSIFIES = replace(CONFIG, task="classification")
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "complaint"),
+    [
+        (["new", "old"], CLASSIFIES, r"list of classes \['old', 'new'\], now it is to be \['new', 'old'\]"),
+        (["old", "newer"], CLASSIFIES, r"list of classes \['old', 'new'\], now it is to be \['old', 'newer'\]"),
+        (["old", "new"], CONFIG, "task classification, now it is to be segmentation"),
+    ],
+    ids=["other order", "other name", "other task"],
+)
+def test_outputs_that_would_mean_something_else_are_refused_on_resuming(
+    tiny_folders: Path, classified: Path, names: list[str], config: SiteConfig, complaint: str
+) -> None:
+    site, payload = prepared(tiny_folders / "site", FedCMT(), config=CLASSIFIES)
+    site.handle(Task.TRAIN, Message({"round": 0, "frozen": []}, payload))
+    site.close()
+    before = state_on_disk(tiny_folders / "site")
+    prepared(tiny_folders / "site", FedCMT(), config=CLASSIFIES, resume=True)[0].close()
+    content = read_json(classified / "classes.json")
+    write_json(classified / "classes.json", {**content, "classes": names})
+    with pytest.raises(ValueError, match=rf"site 'north': .*site holds the state of a model for {complaint}"):
+        prepared(tiny_folders / "site", FedCMT(), config=config, resume=True)
+    assert state_on_disk(tiny_folders / "site") == before
 
 
 def state_on_disk(folder: Path) -> dict[str, bytes]:

@@ -38,6 +38,7 @@ def first_payload(
     num_sites: int = 2,
     num_rounds: int = 2,
     schedule_rounds: int | None = None,
+    resume: bool = False,
 ) -> Params:
     """Make a site ready to train, as a server does; returns what it would receive in round 0."""
     planner = FederatedPlanner(dict(planning), seed=5)
@@ -46,7 +47,7 @@ def first_payload(
     assert isinstance(answer, Message)
     fingerprints = {name: answer.meta["fingerprint"]}
     plans = planner.plan(fingerprints, {})
-    rounds = {"num_rounds": num_rounds, "schedule_rounds": schedule_rounds or num_rounds, "resume": False}
+    rounds = {"num_rounds": num_rounds, "schedule_rounds": schedule_rounds or num_rounds, "resume": resume}
     ready = site.handle(Task.PREPARE, Message({"plans": plans[name], **rounds}))
     assert isinstance(ready, Message)
     initial = planner.initial(plans, fingerprints, {name: answer.meta["modality"]}, algorithm.scopes)

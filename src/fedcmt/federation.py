@@ -130,6 +130,10 @@ class Federation:
         )
         self._stored = StateFiles(self._folder, self._job, self._federation)
         stored = self._stored.load() if self._resume else None
+        if stored is not None and stored[1].round >= self._config.num_rounds:
+            raise FederationError(
+                f"--resume: this run has finished {stored[1].round + 1} rounds, not {self._config.num_rounds} or fewer"
+            )
         self._open_ledger(stored, len(sites))
         participants, state, progress = self._begin(channel, sites, stored)
         state, progress, stopped = self._train(channel, state, progress, participants)
@@ -176,7 +180,7 @@ class Federation:
         requests = {site: self._introduction(len(sites)) for site in sites}
         introductions = self._ask_all(channel, Task.FINGERPRINT, requests, lambda site, a: read_introduction(a))
         fingerprints = {site: fingerprint for site, (fingerprint, _) in introductions.items()}
-        plans = self._plan(fingerprints)
+        plans = self._plan(fingerprints, () if stored is None else stored[1].members())
         # A run that is resumed for longer keeps its schedules, or it would not be the same run.
         schedule_rounds = self._config.schedule_rounds or self._config.num_rounds
         progress = Progress(schedule_rounds) if stored is None else stored[1]
@@ -190,7 +194,7 @@ class Federation:
             held = {name: state.params[name] for name in site.wire_shapes if name in state.params}
             where = f"site {site.name!r} against the server's initial model"
             check_shapes(held, dict(site.wire_shapes), where=where)
-        return participants, state, replace(progress, sites=tuple(sites))
+        return participants, state, progress.taken_up_by(sites)
 
     def _train(
         self, channel: Channel, state: State, progress: Progress, participants: Sequence[Participant]
@@ -231,10 +235,14 @@ class Federation:
         logger.warning("training ends after round %d of %d: %s", round_idx, self._config.num_rounds, refusal)
         return str(refusal)
 
-    def _plan(self, fingerprints: Mapping[str, dict]) -> dict[str, dict]:
-        """Plans of every site; those of a run that is resumed stay, whoever has joined or left."""
+    def _plan(self, fingerprints: Mapping[str, dict], members: Collection[str]) -> dict[str, dict]:
+        """Plans of every site; those of the members of a run that is resumed stay, whoever has joined or left.
+
+        A site whose joining came to nothing has plans in the file too, but is no member: they may be of other data.
+        """
         path = self._folder / "plans.json"
-        plans = self._planner.plan(fingerprints, read_state(path) if self._resume else {})
+        stored = read_state(path, needs=members) if members else {}
+        plans = self._planner.plan(fingerprints, {site: stored[site] for site in stored if site in members})
         if not self._resume:
             fix_settings(self._folder, self._config, self._algorithm, self._federation)
         write_state(path, plans)
@@ -279,10 +287,6 @@ class Federation:
     ) -> State:
         """The stored state, with the sites registered that were not in its last round."""
         first_round = progress.round + 1
-        if first_round > self._config.num_rounds:
-            raise FederationError(
-                f"--resume: this run has finished {first_round} rounds, not {self._config.num_rounds} or fewer"
-            )
         logger.info("resuming after round %d of %d", first_round, self._config.num_rounds)
         for site in participants:
             if site.name not in progress.sites:

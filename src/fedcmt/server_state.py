@@ -5,10 +5,10 @@ the one before it, in case the newest is damaged, and ``best.safetensors``.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fedcmt.algorithms.base import State
 from fedcmt.params import load_newest, save_tensors
@@ -16,6 +16,8 @@ from fedcmt.params import load_newest, save_tensors
 _STATE, _STATE_BEFORE, _BEST = "state.safetensors", "state_before.safetensors", "best.safetensors"
 _NEEDED = ("record", "round", "best", "sites", "schedule_rounds", "contribution", "crossed")
 """What a state that a run can go on from says besides its tensors."""
+
+_NO_BEST = (-math.inf, None)
 
 Participation = dict[str, dict[str, Any]]
 """Site -> ``asked`` and ``took_part`` (rounds), ``absent`` (1-based round as text -> why); plain JSON."""
@@ -28,7 +30,7 @@ class Progress:
     Attributes:
       schedule_rounds: Rounds that schedules are made for; they stay when a run is resumed for longer.
       round: The last finished one, 0-based; -1 before the first.
-      best: The best mean validation score of a model that was received, and its round.
+      best: The best mean validation score of a model that these sites received, and its round.
       sites: Who takes part, sorted.
       contribution: Sums over rounds of what sites' updates were worth.
       crossed: Scores of sites' models at other sites, of the last round.
@@ -37,11 +39,20 @@ class Progress:
 
     schedule_rounds: int
     round: int = -1
-    best: tuple[float, int | None] = (-math.inf, None)
+    best: tuple[float, int | None] = _NO_BEST
     sites: tuple[str, ...] = ()
     contribution: dict[str, Any] = field(default_factory=dict)
     crossed: dict[str, Any] = field(default_factory=dict)
     participation: Participation = field(default_factory=dict)
+
+    def members(self) -> frozenset[str]:
+        """Every site that has been part of the run, those that left included."""
+        return frozenset({*self.sites, *self.participation})
+
+    def taken_up_by(self, sites: Iterable[str]) -> Self:
+        """The same with these sites; means over other sites do not compare, so the search for the best begins again."""
+        sites = tuple(sorted(sites))
+        return self if sites == self.sites else replace(self, sites=sites, best=_NO_BEST)
 
 
 class StateFiles:

@@ -87,6 +87,7 @@ class Prepared:
       privacy: The job's, as `fedcmt.privacy.terms.PrivacyTerms.to_dict` gives it.
       num_sites: Sites of the job.
       federation: The id that the server gave it.
+      classes: Names of the classes in the order of the network's outputs; null where the site segments.
     """
 
     plans: dict[str, Any]
@@ -98,6 +99,7 @@ class Prepared:
     privacy: dict[str, Any] = field(default_factory=dict)
     num_sites: int = 1
     federation: str = ""
+    classes: list[str] | None = None
 
     @classmethod
     def from_file(cls, path: Path) -> Self:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -146,9 +147,12 @@ class Site:
             num_processes=self._config.num_processes,
             progress=progress.update,
         )
+        dataset_json, classes = read_dataset_json(self._dataset), None
+        if self._config.task == "classification":
+            classes = list(read_classes(self._dataset, dataset_json, self._config.classes).names)
         prepared = Prepared(
             plans=plans,
-            dataset_json=read_dataset_json(self._dataset),
+            dataset_json=dataset_json,
             configuration=options.configuration,
             seed=joined["seed"],
             num_rounds=message.meta["num_rounds"],
@@ -156,6 +160,7 @@ class Site:
             privacy=joined["privacy"],
             num_sites=joined["num_sites"],
             federation=joined["federation"],
+            classes=classes,
         )
         if message.meta["resume"]:
             self._check_same_data(prepared)
@@ -182,14 +187,13 @@ class Site:
         path = self._folder / "prepared.json"
         if not path.exists():
             return
-        before = Prepared.from_file(path)
-        known = (before.plans["dataset_name"], before.dataset_json["labels"], before.dataset_json["channel_names"])
-        now = (prepared.plans["dataset_name"], prepared.dataset_json["labels"], prepared.dataset_json["channel_names"])
-        if known != now:
-            raise ValueError(
-                f"site {self.name!r} has state of {known[0]} in {self._folder}, now it is to use {now[0]} (or other "
-                "labels or channels). Use the same data, or join under another name."
-            )
+        before, now = _meaning(Prepared.from_file(path)), _meaning(prepared)
+        for what, known in before.items():
+            if now[what] != known:
+                raise ValueError(
+                    f"site {self.name!r}: {self._folder} holds the state of a model for {what} {known}, now it is to "
+                    f"be {now[what]}. Use the same data, or join under another name."
+                )
 
     def _train(self, message: Message) -> Message:
         return self._ready().train_round(message, self._report, self._stop)
@@ -273,3 +277,16 @@ class Site:
     def _draws_cases(self) -> bool:
         """Whether each step draws its cases, which loader processes would do ahead of it."""
         return (self._folder / _JOINED_FILE).exists() and self._terms.mode == "instance_dp"
+
+
+def _meaning(prepared: Prepared) -> dict[str, Any]:
+    """What a site's inputs and outputs stand for, by the name that an error gives it; classes in their order."""
+    dataset_json = prepared.dataset_json
+    return {
+        "data set": prepared.plans["dataset_name"],
+        "task": "segmentation" if prepared.classes is None else "classification",
+        "list of classes": prepared.classes,
+        "dataset.json: labels": dataset_json["labels"],
+        "dataset.json: regions_class_order": dataset_json.get("regions_class_order"),
+        "dataset.json: channel_names": dataset_json["channel_names"],
+    }
