@@ -224,6 +224,21 @@ def test_what_is_frozen_stays_as_received_and_is_not_sent(tiny_folders: Path) ->
     assert any(bool(tensor.abs().max() > 0) for tensor in answer.tensors.values())
 
 
+def test_a_slot_stays_as_received_while_another_of_its_parameter_trains(tiny_folders: Path) -> None:
+    """A newcomer in its warm start may have a sequence that the federation knows and one that it does not."""
+    site, payload = prepared(tiny_folders / "site", FedCMT())
+    weight = "encoder.stages.0.0.convs.0.conv.weight"
+    frozen = sorted(payload.keys() - {f"{weight}@mr.t2"})
+    answer = site.handle(Task.TRAIN, Message({"round": 0, "frozen": frozen}, payload))
+    assert set(answer.tensors) == {f"{weight}@mr.t2"}
+    flair, t2 = load_tensors(tiny_folders / "site" / "last.safetensors")[0][f"network/{weight}"].unbind(dim=1)
+    assert torch.equal(flair, payload[f"{weight}@mr.flair"])
+    torch.testing.assert_close(t2, payload[f"{weight}@mr.t2"] + answer.tensors[f"{weight}@mr.t2"])
+    assert float(answer.tensors[f"{weight}@mr.t2"].abs().max()) > 1e-3
+    answer = site.handle(Task.TRAIN, Message({"round": 1, "frozen": []}, payload))
+    assert float(answer.tensors[f"{weight}@mr.flair"].abs().max()) > 1e-3  # the warm start is over
+
+
 @pytest.mark.parametrize("first_round", [0, 1])
 def test_a_site_s_first_round_distils_nothing_nor_does_the_first_step_of_the_next(
     first_round: int, tiny_folders: Path

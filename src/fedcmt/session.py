@@ -239,7 +239,8 @@ class Session:
             self.trainer.forget()
         hook, on_step = self._hook(received, message.extras, round_idx), self._on_step(received, round_idx, stop)
         started = time.monotonic()
-        with self.trainer.frozen(self.partition.parameters_of(message.meta["frozen"])):
+        frozen = message.meta["frozen"]
+        with self.trainer.frozen(self.partition.parameters_of(frozen), self.partition.channels_of(frozen)):
             loss = self.trainer.train_steps(self._config.local_steps, hook, on_step)
         seconds = time.monotonic() - started
         if not math.isfinite(loss):

@@ -461,6 +461,14 @@ def test_in_units_of_its_own_length_a_long_update_gains_no_more_than_a_short_one
     assert d == pytest.approx([2 + 1.25 * u, 2 + 1.25 * u], abs=1e-6)
 
 
+def test_sites_that_never_agree_keep_their_weights_however_long_that_lasts() -> None:
+    """0.5 * 0.9^1000 to the tenth is 0 in float64, and so would be the sum of all shares."""
+    updates = {"a": one((1.0, 0.0), 3), "b": one((-1.0, 0.0), 1)}
+    algorithm = FedCMT(radius=0, agreement_exponent=10, smallest_share=0, optimizer=PLAIN)
+    curves = moved(algorithm, updates, rounds=1000).record["curves"]
+    assert (curves["weight/a"], curves["weight/b"]) == pytest.approx((0.75, 0.25))
+
+
 @pytest.mark.parametrize(("length", "warned"), [(9.0, False), (11.0, True)])
 def test_updates_of_very_different_length_are_pointed_out(
     length: float, warned: bool, caplog: pytest.LogCaptureFixture

@@ -251,7 +251,7 @@ class FedCMT(Algorithm):
         """
         sites, agreements = sorted(updates), state.record["agreement"]
         cases = np.array([updates[site].num_cases for site in sites], dtype=np.float64)
-        agreement = np.array([agreements.get(site, _FIRST_AGREEMENT) for site in sites])
+        agreement = _of_order_one(np.array([agreements.get(site, _FIRST_AGREEMENT) for site in sites]))
         ramp = np.array([_ramp(state.record, site) for site in sites])
         share = cases**self.case_exponent * agreement**self.agreement_exponent * ramp
         share /= share.sum()
@@ -324,6 +324,16 @@ def _slot_mean(name: str, params: Params, otherwise: Tensor) -> Tensor:
     modality = slot.partition(".")[0]
     known = [tensor for other, tensor in params.items() if other.startswith(f"{parameter}@{modality}.")]
     return torch.stack(known).mean(0) if known and "." in slot else otherwise
+
+
+def _of_order_one(values: np.ndarray) -> np.ndarray:
+    """Values >= 0 in units of a power of 2 that brings the largest into [0.5, 1), so that no power of it vanishes.
+
+    Sites that never agree halve their agreement every seven rounds. A power of 2 leaves shares as they are, to the bit
+    where the exponent is 1.
+    """
+    values = np.maximum(values, np.finfo(np.float64).tiny)
+    return np.ldexp(values, -np.frexp(values.max())[1])
 
 
 def _ramp(record: Mapping[str, Any], site: str) -> float:

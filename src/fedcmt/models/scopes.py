@@ -186,6 +186,15 @@ class Partition:
         others = {wire.parameter for key, wire in self._wires.items() if key not in wire_names}
         return frozenset(wire.parameter for wire in self._wires.values()) - others
 
+    def channels_of(self, wire_names: Collection[str]) -> dict[str, list[int]]:
+        """Parameter to the input channels among ``wire_names``, for parameters of which others are not."""
+        channels: dict[str, list[int]] = {}
+        whole = self.parameters_of(wire_names)
+        for key, wire in self._wires.items():
+            if key in wire_names and wire.channel is not None and wire.parameter not in whole:
+                channels.setdefault(wire.parameter, []).append(wire.channel)
+        return channels
+
     def outgoing(self, tensors: Mapping[str, Tensor]) -> Params:
         """Named parameters (personal ones are left out) to wire tensors; copies, so training does not change them."""
         return {

@@ -218,16 +218,31 @@ class SiteTrainer(nnUNetTrainer):
         self.optimizer.state.clear()
 
     @contextlib.contextmanager
-    def frozen(self, names: Collection[str]) -> Iterator[None]:
-        """Leave these parameters as they are while in here; the optimiser passes over what has no gradient."""
+    def frozen(self, names: Collection[str], channels: Mapping[str, Sequence[int]] | None = None) -> Iterator[None]:
+        """Leave parameters as they are while in here.
+
+        Args:
+          names: Those to leave whole; the optimiser passes over what has no gradient.
+          channels: Parameter to the indices of its axis 1 to leave. They are put back after every step of the
+            optimiser, which moves a parameter as a whole.
+        """
         chosen = [
             parameter for name, parameter in self.module.named_parameters() if name in names and parameter.requires_grad
         ]
         for parameter in chosen:
             parameter.requires_grad_(False)
+        parameters = dict(self.module.named_parameters())
+        kept = [(parameters[n].data, list(c), parameters[n].data[:, list(c)]) for n, c in (channels or {}).items()]
+
+        def put_back(*_: Any) -> None:
+            for values, indices, before in kept:
+                values[:, indices] = before
+
+        hook = self.optimizer.register_step_post_hook(put_back)
         try:
             yield
         finally:
+            hook.remove()
             for parameter in chosen:
                 parameter.requires_grad_(True)
 
