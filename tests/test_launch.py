@@ -1,18 +1,32 @@
 """What the launcher refuses before it makes any data."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedcmt.config import ConfigError, JobConfig
+from fedcmt.data.checks import DatasetError
 from fedcmt.federation import FederationError
 from fedcmt.flare.processes import EngineError
 from fedcmt.job_folder import Override, find_job, stage
-from fedcmt.json_file import read_json
-from fedcmt.launch import LaunchError, Run, _run_in_flare, _set_aside_earlier_run, checked, export, launch
+from fedcmt.json_file import read_json, write_json
+from fedcmt.launch import (
+    LaunchError,
+    Run,
+    _run_in_flare,
+    _see_to_data,
+    _set_aside_earlier_run,
+    checked,
+    export,
+    launch,
+)
+from tests.tiny import DATASET, DATASET_ID
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
+SMALL = {"kind": "brain_mr", "style": "site_a", "num_train": 5, "num_test": 1, "seed": 1, "shape_vox": [24, 28, 20]}
 
 
 @pytest.mark.parametrize("job", ["fedavg_brats", "fedper_brats", "brats_sdl"])
@@ -117,6 +131,17 @@ def test_a_fusion_site_that_joins_or_leaves_is_refused_and_the_run_stays(change:
     assert (tmp_path / "server" / "state.safetensors").read_bytes() == b"state"
 
 
+def test_a_mistake_in_a_newcomer_s_configuration_is_named_by_the_file_that_was_given(tmp_path: Path) -> None:
+    resumable(tmp_path / "w")
+    write_json(tmp_path / "mine.json", {"dataset_id": 1, "modality": "MR", "colour": "red"})
+    job = find_job(JOBS, "brats_fedmepd_small")
+    run = Run(job, tmp_path / "w", "inprocess", [], None, resume=True, add_sites=(("c3", tmp_path / "mine.json"),))
+    with pytest.raises(ConfigError, match="colour") as refused:
+        launch(run)
+    assert str(tmp_path / "mine.json") in str(refused.value)
+    assert ".job" not in str(refused.value)
+
+
 def test_another_job_than_the_one_in_the_workspace_is_not_resumed(tmp_path: Path) -> None:
     before = resumable(tmp_path)
     run = Run(find_job(JOBS, "brats_sdl"), tmp_path, "inprocess", [], None, resume=True)
@@ -204,10 +229,49 @@ def test_an_exported_job_holds_its_settings_and_nothing_that_is_not_flare_s(tmp_
 
 
 def test_an_exported_demo_comes_with_its_cohort(tmp_path: Path) -> None:
-    small = {"kind": "brain_mr", "style": "site_a", "num_train": 5, "num_test": 1, "seed": 1, "shape_vox": [24, 28, 20]}
-    demo = {"about": "generated", "cohort": {"Dataset901_DemoBrainA": small}}
+    demo = {"about": "generated", "cohort": {"Dataset901_DemoBrainA": SMALL}}
     export(Run(find_job(JOBS, "brats_sdl"), tmp_path / "w", "simulator", [], demo), tmp_path / "job")
     assert (tmp_path / "w" / "nnUNet_raw" / "Dataset901_DemoBrainA" / "dataset.json").is_file()
+
+
+@pytest.fixture
+def see_to_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | None, int], Path]:
+    """A job whose second site has a data set of that id, not of the cohort; returns where its sites look for data."""
+    raw = tmp_path / "w" / "nnUNet_raw"
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+
+    def see(source_raw: Path | None, dataset_id: int) -> Path:
+        demo = {"about": "generated", "cohort": {"Dataset901_DemoBrainA": SMALL}}
+        settings: list[Override] = [("client1.dataset_id", 901), ("client2.dataset_id", dataset_id)]
+        run = Run(find_job(JOBS, "brats_sdl"), tmp_path / "w", "inprocess", settings, demo)
+        _see_to_data(run, checked(run), source_raw)
+        return raw
+
+    return see
+
+
+def test_a_site_beside_a_cohort_may_have_data_of_its_own(
+    tmp_path: Path, tiny_raw: Path, see_to_data: Callable[[Path | None, int], Path]
+) -> None:
+    raw = see_to_data(tiny_raw, DATASET_ID)
+    assert (raw / DATASET).resolve() == (tiny_raw / DATASET).resolve()
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tiny_raw / DATASET, moved / DATASET)
+    see_to_data(moved, DATASET_ID)  # nnUNet_raw is another folder now
+    assert (raw / DATASET).resolve() == (moved / DATASET).resolve()
+    shutil.copytree(tiny_raw / DATASET, moved / "Dataset901_Mine")
+    see_to_data(moved, DATASET_ID)
+    assert sorted(path.name for path in raw.glob("Dataset901_*")) == [
+        "Dataset901_DemoBrainA"
+    ]  # the cohort's comes first
+
+
+def test_a_data_set_neither_of_the_cohort_nor_the_user_s_is_named_with_both_folders(
+    tiny_raw: Path, see_to_data: Callable[[Path | None, int], Path]
+) -> None:
+    said = rf"(?s)site 'client2': .*no folder Dataset702_\*.*holds the job's cohort; nnUNet_raw={tiny_raw} was searched"
+    with pytest.raises(DatasetError, match=said):
+        see_to_data(tiny_raw, DATASET_ID + 1)
 
 
 def test_a_job_with_a_mistake_is_not_exported(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -97,7 +97,7 @@ def launch(run: Run) -> dict[str, Any]:
         if run.resume:
             _check_resumable(run)
         staged = _stage(run)
-        job = JobConfig.from_folder(staged)
+        job = _read_staged(run, staged)
         algorithm = check_job(job)
         if job.server.continues is not None:
             raise LaunchError("server.continues is for a provisioned network; --resume goes on with a run of this kind")
@@ -123,11 +123,7 @@ def checked(run: Run) -> JobConfig:
         staged = Path(temporary) / "job"
         stage(run.job, staged)
         apply_overrides(staged, run.overrides)
-        try:
-            job = JobConfig.from_folder(staged)
-        except ConfigError as error:
-            # The copy is gone when the user reads this; the file it was made from is there.
-            raise ConfigError(str(error).replace(str(staged), str(run.job))) from error
+        job = _read_staged(run, staged)
     check_job(job)
     return job
 
@@ -158,6 +154,22 @@ def _stage(run: Run) -> Path:
         add_site(staged, name, config)
     apply_overrides(staged, run.overrides)
     return staged
+
+
+def _read_staged(run: Run, staged: Path) -> JobConfig:
+    """The staged job. An error names the files that the user has, of which those staged are copies.
+
+    Raises:
+      ConfigError: If the job is not usable.
+    """
+    try:
+        return JobConfig.from_folder(staged)
+    except ConfigError as error:
+        said = str(error)
+        for name, config in run.add_sites:
+            said = said.replace(str(staged / name / "config" / "site.json"), str(config))
+        source = run.workspace / "job" if run.resume else run.job
+        raise ConfigError(said.replace(str(staged), str(source))) from error
 
 
 def _adopted(run: Run, staged: Path) -> dict[str, Any]:
@@ -304,6 +316,10 @@ def _see_to_data(run: Run, job: JobConfig, source_raw: Path | None) -> None:
         _make_demo(run.demo, raw)
     elif (cohort := _cohort_in_use(run, job)) is not None and source_raw is not None:
         make_cuts(source_raw, raw, cohort)
+    if source_raw == raw:
+        source_raw = None
+    if source_raw is not None:
+        _link_own_data(raw, source_raw, {site.dataset_id for site in job.sites.values()})
     problems = []
     for name, site in job.sites.items():
         try:
@@ -311,7 +327,21 @@ def _see_to_data(run: Run, job: JobConfig, source_raw: Path | None) -> None:
         except DatasetError as error:
             problems.append(f"site {name!r}: {error}")
     if problems:
+        if source_raw is not None:
+            problems.append(f"{raw} holds the job's cohort; nnUNet_raw={source_raw} was searched as well.")
         raise DatasetError("\n".join(problems))
+
+
+def _link_own_data(raw: Path, source_raw: Path, dataset_ids: Collection[int]) -> None:
+    """Put beside a job's cohort, as links, the data sets of its sites that are the user's own."""
+    for dataset_id in dataset_ids:
+        found = list(raw.glob(f"Dataset{dataset_id:03d}_*"))
+        if any(not folder.is_symlink() for folder in found):
+            continue  # of the cohort
+        for link in found:  # an earlier run's, perhaps to another nnUNet_raw
+            link.unlink()
+        for folder in source_raw.glob(f"Dataset{dataset_id:03d}_*"):
+            (raw / folder.name).symlink_to(folder)
 
 
 def _make_demo(demo: dict[str, Any], raw: Path) -> None:

@@ -180,11 +180,29 @@ def test_each_fault_of_classes_csv_is_named(dataset: Path, lines: list[str], mes
 
 @pytest.mark.parametrize("source", ["classes.json", "classes.csv"])
 def test_a_missing_or_damaged_file_is_named(dataset: Path, source: str) -> None:
-    with pytest.raises(DatasetError, match=rf"{source}: file not found\. Write it"):
+    with pytest.raises(DatasetError, match=rf"{source}: file not found; write it as"):
         read_classes(dataset, read_dataset_json(dataset), source)
     (dataset / source).write_bytes(b"\xff\xfe{")
     with pytest.raises(DatasetError, match=rf"{source}: not "):
         read_classes(dataset, read_dataset_json(dataset), source)
+
+
+@pytest.mark.parametrize(("source", "other"), [SOURCES[:2], SOURCES[1::-1]])
+def test_the_other_file_is_pointed_out_and_not_read(
+    dataset: Path, source: str, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = {"a": 0, "b": 1, "c": 0, "d": 1, "e": 0, "f": 1}
+    content = {
+        "classes.json": json.dumps({"classes": ["x", "y"], "cases": cases}),
+        "classes.csv": "case,class\n" + "".join(f"{case},{'xy'[index]}\n" for case, index in cases.items()),
+    }
+    (dataset / other).write_text(content[other])
+    with pytest.raises(DatasetError, match=rf"{source}: file not found; set the site's \"classes\" to \"{other}\""):
+        read_classes(dataset, read_dataset_json(dataset), source)
+    (dataset / other).write_text("not read")
+    (dataset / source).write_text(content[source])
+    assert read_classes(dataset, read_dataset_json(dataset), source) == CaseClasses(("x", "y"), cases)
+    assert f"{other} is there as well and is not read" in caplog.text
 
 
 def test_regions_have_no_majority(dataset: Path) -> None:

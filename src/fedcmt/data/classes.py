@@ -1,6 +1,7 @@
 """Which class each case of a data set is of, for sites that classify whole images."""
 
 import csv
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from fedcmt.data.checks import (
     reason_of,
 )
 from fedcmt.json_file import JsonFileError, read_json
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("classes.json", "classes.csv", "majority")
 """Where classes come from: a file beside dataset.json, or each case's label with most voxels."""
@@ -69,12 +72,23 @@ def read_classes(folder: Path, dataset_json: Mapping, source: str) -> CaseClasse
     if source == "majority":
         classes, problems = _majority(folder, dataset_json, training, test)
     else:
-        read = _read_json if source == "classes.json" else _read_csv
-        classes, problems = read(folder / source)
+        classes, problems = _read_file(folder, source)
         problems += _case_problems(source, classes, training, test)
     problems += _class_problems(source, classes, training)
     raise_if(folder, problems)
     return classes
+
+
+def _read_file(folder: Path, source: str) -> tuple[CaseClasses, list[str]]:
+    """The classes of one of two possible files, and what is wrong; the other file says nothing, if it is there too."""
+    other = "classes.csv" if source == "classes.json" else "classes.json"
+    there = (folder / other).is_file()
+    if not (folder / source).is_file():
+        remedy = f'set the site\'s "classes" to "{other}", which is there' if there else "write it as in docs/data.md"
+        raise DatasetError(f"{folder / source}: file not found; {remedy}.")
+    if there:
+        logger.warning('%s: %s is there as well and is not read; the site\'s "classes" is %s', folder, other, source)
+    return (_read_json if source == "classes.json" else _read_csv)(folder / source)
 
 
 def _read_json(path: Path) -> tuple[CaseClasses, list[str]]:
@@ -103,8 +117,6 @@ def _read_json(path: Path) -> tuple[CaseClasses, list[str]]:
 
 def _read_csv(path: Path) -> tuple[CaseClasses, list[str]]:
     """The classes that can be understood, and what is wrong with the others."""
-    if not path.is_file():
-        raise DatasetError(f"{path}: file not found. Write it as in docs/data.md.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin UTF-8 files with a mark
             header, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
