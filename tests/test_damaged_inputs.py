@@ -450,7 +450,7 @@ def test_a_damaged_file_of_a_site_is_refused_by_name(tmp_path: Path, monkeypatch
     """Here even a value that could be is refused: an unnoticed change would be another run."""
     joined = {"job": "job", "seed": 5, "planning": {}, "privacy": {"mode": "none"}, "num_sites": 2, "federation": "f0"}
     rest = {"configuration": "3d_fullres", "seed": 5, "num_rounds": 4, "schedule_rounds": 4}
-    write_state(tmp_path / "joined.json", {**joined, "fingerprint": _fingerprint()})
+    write_state(tmp_path / "joined.json", {**joined, "fingerprint": _fingerprint(), "classes": None})
     write_state(tmp_path / "prepared.json", asdict(Prepared(tiny_plans(), DATASET_JSON, **rest)))
     write_state(tmp_path / "traffic.json", {"sent": 1000, "received": 2000})
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "no_images"))

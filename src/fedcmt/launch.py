@@ -317,7 +317,7 @@ def _see_to_data(run: Run, job: JobConfig, source_raw: Path | None) -> None:
     elif (cohort := _cohort_in_use(run, job)) is not None and source_raw is not None:
         make_cuts(source_raw, raw, cohort)
     if source_raw == raw:
-        source_raw = None
+        source_raw = None  # sites look there already
     if source_raw is not None:
         _link_own_data(raw, source_raw, {site.dataset_id for site in job.sites.values()})
     problems = []

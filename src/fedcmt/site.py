@@ -35,8 +35,8 @@ from fedcmt.workspace import THREADS_VARIABLE, environment, nnunet_folder
 logger = logging.getLogger(__name__)
 
 _JOINED_FILE = "joined.json"
-_JOINED = ("job", "seed", "planning", "privacy", "num_sites", "federation", "fingerprint")
-"""What it holds: the server's introduction, and the site's fingerprint in its finest form."""
+_JOINED = ("job", "seed", "planning", "privacy", "num_sites", "federation", "fingerprint", "classes")
+"""What it holds: the server's introduction, the site's fingerprint in its finest form, and its classes, if any."""
 _NUM_FOLDS = 5
 """Of nnU-Net's split, where a data set has none of its own."""
 _TRAFFIC = "traffic.json"
@@ -118,13 +118,15 @@ class Site:
         )
         dataset_json = read_dataset_json(self._dataset)
         with_score_regions(dataset_json, self._config.score_regions, f"site {self.name!r}")
+        classes = None
         if self._config.task == "classification":
-            read_classes(self._dataset, dataset_json, self._config.classes)
+            classes = list(read_classes(self._dataset, dataset_json, self._config.classes).names)
         cases = self._num_training_cases(summary.training_cases)
         check_cases(terms, ledger, site=self.name, num_cases=cases, steps=self._config.local_steps)
         logger.info("%s: extracting the fingerprint", self.name)
         own = own_fingerprint(self._dataset, options)
-        write_state(self._folder / _JOINED_FILE, {**message.meta, "fingerprint": own.to_dict()})
+        said = {**message.meta, "fingerprint": own.to_dict(), "classes": classes}
+        write_state(self._folder / _JOINED_FILE, said)
         sent = own.coarsened(bin_policy(options.mode))
         self._note("planning statistics", "counts and moments of images; see docs/privacy.md")
         return Message({"fingerprint": sent.to_dict(), "modality": self._config.modality})
@@ -147,12 +149,9 @@ class Site:
             num_processes=self._config.num_processes,
             progress=progress.update,
         )
-        dataset_json, classes = read_dataset_json(self._dataset), None
-        if self._config.task == "classification":
-            classes = list(read_classes(self._dataset, dataset_json, self._config.classes).names)
         prepared = Prepared(
             plans=plans,
-            dataset_json=dataset_json,
+            dataset_json=read_dataset_json(self._dataset),
             configuration=options.configuration,
             seed=joined["seed"],
             num_rounds=message.meta["num_rounds"],
@@ -160,7 +159,7 @@ class Site:
             privacy=joined["privacy"],
             num_sites=joined["num_sites"],
             federation=joined["federation"],
-            classes=classes,
+            classes=joined["classes"],
         )
         if message.meta["resume"]:
             self._check_same_data(prepared)
